@@ -1,0 +1,1 @@
+"""Samples, shards, streams, tokenizers and the layouts of tasks."""
