@@ -1,7 +1,7 @@
 """VQA accuracy by the official rules, plain answers, and soft-scored answers.
 
-The official measure (Antol et al. 2015, Goyal et al. 2017; its evaluation code is the authority) asks ten people. Each is
-left out in turn, and the prediction is right to the degree that three of the other nine agree with it:
+The official measure (Antol et al. 2015, Goyal et al. 2017; where prose and evaluation code differ, the code) asks ten
+people. Each is left out in turn, and the prediction is right to the degree that three of the other nine agree with it:
 
     accuracy = mean over left-out answers of  min(agreeing among the rest / 3, 1)
 
@@ -11,8 +11,8 @@ left out in turn, and the prediction is right to the degree that three of the ot
 Both sides pass through `normalize_answer` first, EXCEPT where all ten people wrote the very same string: there the
 official code compares the bare strings (questions that ask to read a sign should keep its spelling, its authors say).
 An answer "Black." to ten times "black" hence scores 0. Early versions of that code, and libraries that descend from
-them, normalise the prediction always and the answers only in part; the rules' prose normalises everything. We follow
-the current code, since it is what the published figures and the server are held against.
+them, normalise the prediction always and the answers only in part; the rules' prose normalises everything. The current code
+is followed here, to the letter.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from metalm.data.sample import Question
 from metalm.errors import DataError
 
 ARTICLES = frozenset({"a", "an", "the"})
-NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"} | {
-    "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"
-}  # fmt: skip
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 # The official table has, for each contraction below, every spelling that lacks exactly one of its apostrophes ("aint";
