@@ -11,8 +11,8 @@ people. Each is left out in turn, and the prediction is right to the degree that
 Both sides pass through `normalize_answer` first, EXCEPT where all ten people wrote the very same string: there the
 official code compares the bare strings (questions that ask to read a sign should keep its spelling, its authors say).
 An answer "Black." to ten times "black" hence scores 0. Early versions of that code, and libraries that descend from
-them, normalise the prediction always and the answers only in part; the rules' prose normalises everything. The current code
-is followed here, to the letter.
+them, normalise the prediction always and the answers only in part; the rules' prose normalises everything. The current
+code is followed here, to the letter.
 """
 
 from __future__ import annotations
