@@ -1,0 +1,13 @@
+"""Connectors from encoder states to decoder inputs, by name; entry-point group `metalm.connectors`."""
+
+from metalm.registry import Registry
+
+CONNECTORS = Registry(
+    "connector",
+    group="metalm.connectors",
+    builtin={
+        "linear": "metalm.connectors.linear:LinearConnector",
+        "feedforward": "metalm.connectors.feedforward:FeedForwardConnector",
+        "perceiver": "metalm.connectors.perceiver:PerceiverConnector",
+    },
+)

@@ -50,12 +50,17 @@ class Sample:
 
 
 def sample_to_members(sample: Sample) -> dict:
-    """The tar members of a sample, keyed by extension, as webdataset's writer takes them."""
+    """The tar members of a sample, keyed by extension, as webdataset's writer takes them.
+
+    Raises:
+        DataError: the key cannot name a member, or there is neither an image nor text.
+    """
     if not sample.key or "." in sample.key or "/" in sample.key:
         raise DataError(f"sample key {sample.key!r}: a key must be non-empty, without dots and slashes")
+    _require_content(sample)
     members: dict = {"__key__": sample.key}
     if sample.image is not None:
-        members["png" if sample.image[:4] == b"\x89PNG" else "jpg"] = sample.image
+        members[_image_extension(sample.image)] = sample.image
     record = {name: value for name, value in asdict(sample).items() if name not in ("key", "image") and value}
     if sample.questions:
         record["questions"] = [{k: v for k, v in asdict(q).items() if v} for q in sample.questions]
@@ -82,12 +87,37 @@ def sample_from_members(members: dict) -> Sample:
         sample = Sample(
             key=key,
             image=image,
-            captions=[captions] if isinstance(captions, str) else list(captions),
-            text=record.get("text", ""),
-            questions=[Question(**{**q, "id": str(q["id"])}) for q in record.get("questions", [])],
+            captions=_strings(captions),
+            text=_string(record.get("text", "")),
+            questions=[_question(**q) for q in record.get("questions", [])],
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"sample {key!r}: unreadable annotation ({type(error).__name__}: {error})") from error
-    if image is None and not (sample.text or sample.captions):
-        raise DataError(f"sample {key!r}: neither an image nor text")
+    _require_content(sample)
     return sample
+
+
+def _require_content(sample: Sample) -> None:
+    if sample.image is None and not (sample.text or sample.captions or sample.questions):
+        raise DataError(f"sample {sample.key!r}: neither an image nor text")
+
+
+def _image_extension(image: bytes) -> str:
+    if image[:4] == b"\x89PNG":
+        return "png"
+    return "webp" if image[:4] == b"RIFF" and image[8:12] == b"WEBP" else "jpg"
+
+
+def _question(id, question, answers=(), soft_answers=None, type="") -> Question:
+    scores = {_string(answer): float(score) for answer, score in (soft_answers or {}).items()}
+    return Question(str(id), _string(question), _strings(answers), scores, _string(type))
+
+
+def _string(value) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a string was expected, found {value!r:.60}")
+    return value
+
+
+def _strings(value) -> list[str]:
+    return [value] if isinstance(value, str) else [_string(item) for item in value]

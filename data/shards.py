@@ -7,8 +7,10 @@ Reading never decodes pictures: bytes go through until a worker lays the sample 
 
 from __future__ import annotations
 
+import itertools
 import json
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -27,7 +29,7 @@ def write_shards(samples: Iterable[Sample], out: str | Path, samples_per_shard: 
         source: a line on where the data come from, kept in the index.
 
     Raises:
-        DataError: `out` already holds shards, two samples share a key, or there is no sample at all.
+        DataError: `out` already holds shards, two samples share a key, there is no sample at all, or the disk is full.
     """
     import webdataset as wds
 
@@ -39,21 +41,25 @@ def write_shards(samples: Iterable[Sample], out: str | Path, samples_per_shard: 
     keys: set[str] = set()
     writer = None
     try:
-        for number, sample in enumerate(samples):
-            if sample.key in keys:
-                raise DataError(f"two samples have the key {sample.key!r}: keys must be unique in a data set")
-            keys.add(sample.key)
-            if number % samples_per_shard == 0:
-                if writer:
-                    writer.close()
-                name = f"{number // samples_per_shard:06d}.tar"
-                writer = wds.TarWriter(str(out / name), mtime=0)
-                shards[name] = 0
-            writer.write(sample_to_members(sample))
-            shards[name] += 1
-    finally:
-        if writer:
-            writer.close()
+        try:
+            for number, sample in enumerate(samples):
+                if sample.key in keys:
+                    raise DataError(f"two samples have the key {sample.key!r}: keys must be unique in a data set")
+                keys.add(sample.key)
+                if number % samples_per_shard == 0:
+                    if writer:
+                        writer.close()
+                    name = f"{number // samples_per_shard:06d}.tar"
+                    writer = wds.TarWriter(str(out / name), mtime=0)
+                    shards[name] = 0
+                writer.write(sample_to_members(sample))
+                shards[name] += 1
+        finally:
+            if writer:
+                writer.close()
+    except OSError as error:
+        remedy = f"free space, remove {out} and run again"
+        raise DataError(f"{out}: writing stopped after {len(keys) - 1} samples ({error.strerror}); {remedy}") from error
     if not shards:
         raise DataError(f"no sample to write to {out}: check the importer's arguments")
     index = {"source": source, "num_samples": len(keys), "shards": shards}
@@ -83,6 +89,57 @@ def list_shards(spec: str | list[str]) -> list[str]:
     return shards
 
 
+class _StrictTarInfo(tarfile.TarInfo):
+    """Makes an error of a header that tarfile, and webdataset with it, takes for the end of the tar.
+
+    A whole tar ends in a block of zeros. One that was cut between two members, or overwritten there, does not.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {tar.offset:,}") from error
+
+
+def _read_files(url: str) -> Iterator[dict]:
+    """The files of a tar from front to back, as webdataset groups them."""
+    from webdataset.gopen import gopen
+
+    with tarfile.open(fileobj=gopen(url), mode="r|*", tarinfo=_StrictTarInfo) as tar:
+        for info in tar:
+            if info.isreg():
+                yield {"fname": info.name, "data": tar.extractfile(info).read(), "__url__": url}
+            tar.members = []  # tarfile would remember all
+
+
+def read_members(url: str) -> Iterator[dict]:
+    """The samples of one shard as their tar members: {extension: bytes}, and their name under `__key__`.
+
+    Raises:
+        DataError: after what could be read: the shard cannot be opened, is no tar, is cut short or damaged, or is empty.
+            A sample at the cut, which may lack members, is withheld.
+    """
+    import webdataset as wds
+    from webdataset.tariterators import group_by_keys
+
+    empty = True
+    try:
+        for members in group_by_keys(_read_files(url), handler=wds.handlers.reraise_exception):
+            empty = False
+            yield members
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise DataError(f"shard {url}: not a complete tar file ({error}); write it again or remove it") from error
+    except Exception as error:  # whatever the opener raised; webdataset appends to the arguments of errors
+        reason = error if isinstance(error, OSError) or not error.args else error.args[0]
+        raise DataError(f"shard {url}: cannot be read ({reason})") from error
+    if empty:
+        raise DataError(f"shard {url}: empty (no sample in it); remove it or write it again")
+
+
 def read_shard(
     url: str, start: int = 0, on_error: Callable[[Exception], None] | None = None
 ) -> Iterator[tuple[int, Sample]]:
@@ -92,30 +149,21 @@ def read_shard(
         on_error: takes the `DataError` of a broken sample or tar, after which reading goes on with what is left;
             without it the error is raised.
     """
-    import webdataset as wds
-    from webdataset.tariterators import tarfile_to_samples
 
-    def report(error: Exception) -> None:
+    def report(error: DataError) -> None:
         if on_error is None:
             raise error
         on_error(error)
 
-    def explain(error: Exception) -> DataError:
-        if isinstance(error, tarfile.TarError | EOFError | ValueError):
-            return DataError(f"shard {url}: not a complete tar file ({error}); write it again or remove it")
-        return DataError(f"shard {url}: cannot be read ({error})")
-
-    stream = tarfile_to_samples(handler=wds.handlers.reraise_exception)([{"url": url}])
-    number = -1
-    while True:
+    stream = read_members(url)
+    for number in itertools.count():
         try:
             members = next(stream)
         except StopIteration:
-            break
-        except Exception as error:  # webdataset wraps whatever the opener or tarfile raised
-            report(explain(error))
-            break
-        number += 1
+            return
+        except DataError as error:
+            report(error)
+            return
         if number < start:
             continue
         try:
@@ -124,8 +172,6 @@ def read_shard(
             report(DataError(f"shard {url}: {error}"))
             continue
         yield number, sample
-    if number < 0 and start == 0:
-        report(DataError(f"shard {url}: empty (no sample in it); remove it or write it again"))
 
 
 def read_samples(spec: str | list[str]) -> Iterator[Sample]:

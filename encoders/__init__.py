@@ -1,0 +1,14 @@
+"""Bidirectional encoders, by name; installed packages add theirs under the entry-point group `metalm.encoders`."""
+
+from metalm.registry import Registry
+
+ENCODERS = Registry(
+    "encoder",
+    group="metalm.encoders",
+    builtin={
+        "text": "metalm.encoders.text:TextEncoder",
+        "fused": "metalm.encoders.fused:FusedEncoder",
+        "timm": "metalm.encoders.image:TimmEncoder",
+        "open_clip": "metalm.encoders.image:OpenClipEncoder",
+    },
+)

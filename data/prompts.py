@@ -1,0 +1,150 @@
+"""How a sample becomes a document for a given model: the tasks, as ways to lay out segments.
+
+An `Interface` knows which encoders a model has. It reads an image and a text the best way they allow:
+
+    fused encoder          [Span(image + text)]
+    image + text encoder   [Span(image)] [Span(text)]
+    image encoder alone    [Span(image)] Text(text)        the decoder reads the text itself
+
+so that no task below has to care.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from metalm.data.sample import Question, Sample
+from metalm.data.tokenizer import Tokenizer
+from metalm.errors import ConfigError, DataError
+from metalm.objectives.base import Objective
+from metalm.segments import IGNORE, Document, Span, Text
+
+CAPTION_PROMPT = "caption:"
+
+
+def question_prompt(question: str) -> str:
+    """The paper's prompt for visual questions."""
+    return f"question: {question} answer:"
+
+
+@dataclass
+class Interface:
+    """What a model can read, and how.
+
+    Attributes:
+        processors: host side of the model's encoders, by name.
+        connectors: their connectors' configurations, by the same names.
+        max_length: decoder positions of a document; longer texts are cut (into several documents, where they are the
+            training text itself).
+    """
+
+    tokenizer: Tokenizer
+    processors: dict[str, Any]
+    connectors: dict[str, Any]
+    max_length: int
+
+    def __post_init__(self):
+        def find(*reads: str) -> str | None:
+            return next((n for n, p in self.processors.items() if p.reads == set(reads)), None)
+
+        self.fused = find("image", "text")
+        self.image = find("image")
+        self.text = find("text") or self.fused
+
+    def span(self, encoder: str, inputs: dict, first_target: int = IGNORE) -> Span:
+        num_states = self.processors[encoder].num_states(inputs)
+        return Span(encoder, inputs, self.connectors[encoder].num_vectors(num_states) if num_states else 0, first_target)
+
+    def read_tokens(self, tokens: list[int], first_target: int = IGNORE) -> Span:
+        """A span of text, read by the text encoder or the fused one."""
+        if self.text is None:
+            raise ConfigError("this objective lets an encoder read text: the model needs a text or fused encoder")
+        return self.span(self.text, {"tokens": tokens}, first_target)
+
+    def read(self, image: bytes | None, tokens: list[int]) -> list[Text | Span]:
+        """An image, a text, or both, as the model's encoders read them."""
+        if image is None:
+            return [] if not tokens else [self.read_tokens(tokens)] if self.text else [Text(tokens, target=False)]
+        if self.fused:
+            return [self.span(self.fused, {"image": image, "tokens": tokens})]
+        if self.image is None:
+            raise ConfigError("the data hold images, but the model has no image or fused encoder")
+        return [self.span(self.image, {"image": image}), *self.read(None, tokens)]
+
+    @property
+    def text_room(self) -> int:
+        """Tokens that the encoder of text takes at once."""
+        return self.processors[self.text].max_positions if self.text else self.max_length
+
+    def encode(self, text: str, room: int | None = None) -> list[int]:
+        """Token ids of a text, at most `room` of them."""
+        return self.tokenizer.encode(text)[: self.max_length if room is None else room]
+
+    def prompt(self, image: bytes | None, text: str, context: str = "") -> list[Text | Span]:
+        """An image and an instruction; a textual `context` goes before the instruction and is what gets cut for room."""
+        instruction = self.encode(" " + text if context else text, self.text_room)
+        return self.read(image, [*self.encode(context, self.text_room - len(instruction)), *instruction])
+
+    def answer(self, prompt: list[Text | Span], text: str) -> list[Text | Span]:
+        """The prompt with its answer as the target: a space joins them, `</s>` ends the turn."""
+        room = self.max_length - sum(map(len, prompt)) - 1
+        return [*prompt, Text([*self.encode(" " + text.strip(), max(room, 0)), self.tokenizer.end])]
+
+
+def image_text(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Document]:
+    """The pretraining pair: a random-length prefix of the caption goes with the image into a fused encoder, the decoder
+    predicts the rest; without a fused encoder it predicts the whole caption."""
+    if sample.image is None or not (sample.captions or sample.text):
+        raise DataError(f"sample {sample.key!r}: the task image_text needs an image and a caption")
+    caption = rng.choice(sample.captions) if sample.captions else sample.text
+    image_only = interface.read(sample.image, [])
+    room = interface.max_length - sum(map(len, image_only)) - 1
+    tokens = [*interface.encode(" " + caption.strip(), room), interface.tokenizer.end]
+    p = rng.randint(0, min(len(tokens) - 1, interface.text_room)) if interface.fused else 0
+    yield Document([*interface.read(sample.image, tokens[:p]), Text(tokens[p:])], sample.key)
+
+
+def text(interface: Interface, sample: Sample, rng: random.Random, objective: Objective) -> Iterator[Document]:
+    """A document of text under a text objective; one too long for a row becomes several."""
+    whole = sample.text or "\n".join(sample.captions)
+    if not whole.strip():
+        raise DataError(f"sample {sample.key!r}: the task text needs a text")
+    tokenizer = interface.tokenizer
+    tokens = [*tokenizer.encode(whole), tokenizer.document_end]
+    room = interface.max_length - 1
+    for start in range(0, len(tokens), room):
+        piece = [tokenizer.start, *tokens[start : start + room]]
+        if len(piece) > 2 or start == 0:
+            yield Document(objective.lay_out(piece, interface, rng), sample.key)
+
+
+def captioning(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Document]:
+    """Fine-tuning for captions: the image with "caption:", one of its captions as the target."""
+    if sample.image is None or not sample.captions:
+        raise DataError(f"sample {sample.key!r}: the task captioning needs an image and captions")
+    yield Document(interface.answer(caption_query(interface, sample), rng.choice(sample.captions)), sample.key)
+
+
+def vqa(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Document]:
+    """Every question on the sample's image, or on its text where it has no image, with its best answer as the target."""
+    if not sample.questions:
+        raise DataError(f"sample {sample.key!r}: the task vqa needs questions")
+    for question in sample.questions:
+        query = question_query(interface, sample, question)
+        yield Document(interface.answer(query, question.best_answer), f"{sample.key}/{question.id}")
+
+
+def caption_query(interface: Interface, sample: Sample) -> list[Text | Span]:
+    return interface.prompt(sample.image, CAPTION_PROMPT)
+
+
+def question_query(interface: Interface, sample: Sample, question: Question) -> list[Text | Span]:
+    """What the model reads before it answers: the question on an image or, without one, on the sample's text."""
+    context = sample.text if sample.image is None else ""
+    return interface.prompt(sample.image, question_prompt(question.question), context)
+
+
+TASKS = {"image_text": image_text, "text": text, "captioning": captioning, "vqa": vqa}

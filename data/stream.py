@@ -1,0 +1,278 @@
+"""From shards to packed batches: a weighted mixture, shuffled, split over ranks and workers, and resumable exactly.
+
+Each reader (a worker of a rank) owns every R-th shard and goes through them in an order drawn anew each epoch. It draws
+samples from its sources by weight until a block of documents is full, packs the block into rows by best fit and shuffles
+the rows. A block is thus the unit of shuffling, of packing and of resuming: the state is where each source stood when the
+block began and how many of its rows have gone out. Resuming reads the block again and drops those rows, so no sample is
+repeated or skipped, and nothing but a few integers is ever saved.
+
+Pictures are decoded when their row goes out, not when the block is filled.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from metalm.config import plugin
+from metalm.data.prompts import TASKS, Interface
+from metalm.data.sample import Sample
+from metalm.data.shards import list_shards, read_shard
+from metalm.errors import ConfigError, DataError
+from metalm.nn.packing import pack
+from metalm.objectives import OBJECTIVES
+from metalm.segments import Batch, Document, load_spans, make_batch
+
+
+@dataclass
+class SourceConfig:
+    """One part of the mixture: shards, the task that lays them out, and how often it is drawn.
+
+    `objective` is for the task `text` alone, which cannot do without.
+    """
+
+    shards: str | list[str]
+    task: str
+    weight: float = 1.0
+    objective: object = plugin(OBJECTIVES, default=None)
+
+    def __post_init__(self):
+        if self.task not in TASKS:
+            from metalm.registry import did_you_mean
+
+            raise ConfigError(f"no task is called {self.task!r}{did_you_mean(self.task, list(TASKS))}")
+        if self.weight <= 0:
+            raise ConfigError(f"weight {self.weight} must be positive")
+        if (self.task == "text") != (self.objective is not None):
+            raise ConfigError(f"the task {self.task!r} takes {'an' if self.task == 'text' else 'no'} objective")
+
+
+@dataclass
+class DataConfig:
+    """The training mixture, the validation set, and the shape of a batch.
+
+    `row_length` positions a row, `rows` rows a micro-batch and rank, `workers` data workers a rank; `block` documents are
+    shuffled and packed together; more than `max_broken` broken samples stop a reader.
+    """
+
+    train: list[SourceConfig]
+    validation: list[SourceConfig] = field(default_factory=list)
+    row_length: int = 256
+    rows: int = 8
+    workers: int = 1
+    block: int = 512
+    max_broken: int = 100
+
+    def __post_init__(self):
+        if not self.train:
+            raise ConfigError("train is empty: name at least one source")
+        for name in ("row_length", "rows", "block"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1")
+
+
+@dataclass
+class Position:
+    """Where a source stands: `offset` samples into the `shard`-th of this reader's shards in this `epoch`."""
+
+    epoch: int = 0
+    shard: int = 0
+    offset: int = 0
+
+
+class Source:
+    """The samples of one source for one reader, epoch after epoch, from a position on."""
+
+    def __init__(self, config: SourceConfig, seed: int, reader: int, readers: int, repeat: bool):
+        self.config = config
+        self.seed, self.reader, self.readers, self.repeat = seed, reader, readers, repeat
+        self.shards = list_shards(config.shards)
+        self.position = Position()
+        self.errors: list[DataError] = []
+        if len(self.shards) < readers:
+            raise DataError(
+                f"{config.shards}: {len(self.shards)} shards are too few for {readers} readers (ranks x data workers), each "
+                "needs its own: lower data.workers or the number of processes, or import the data again with a smaller "
+                "--samples-per-shard"
+            )
+
+    def epoch_shards(self, epoch: int) -> list[str]:
+        shards = list(self.shards)
+        if self.repeat:
+            random.Random(f"{self.seed} {self.config.shards} {epoch}").shuffle(shards)
+        return shards[self.reader :: self.readers]
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Samples; `position` always tells where the next one starts. Broken ones are collected in `errors`."""
+        while True:
+            yielded = self.position.shard > 0 or self.position.offset > 0
+            for number, url in list(enumerate(self.epoch_shards(self.position.epoch)))[self.position.shard :]:
+                offset = self.position.offset if number == self.position.shard else 0
+                self.position = Position(self.position.epoch, number, offset)
+                for index, sample in read_shard(url, offset, self.errors.append):
+                    self.position = Position(self.position.epoch, number, index + 1)
+                    yielded = True
+                    yield sample
+            if not self.repeat:
+                return
+            if not yielded:
+                raise DataError(f"{self.config.shards}: a whole epoch without a readable sample; the last: {self.errors[-1:]}")
+            self.position = Position(self.position.epoch + 1)
+
+
+class PackedStream(IterableDataset):
+    """Batches of packed rows for one rank; iterate it through `Loader`."""
+
+    def __init__(
+        self,
+        sources: list[SourceConfig],
+        interface: Interface,
+        config: DataConfig,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        repeat: bool = True,
+    ):
+        self.sources, self.interface, self.config = sources, interface, config
+        self.seed, self.rank, self.world, self.repeat = seed, rank, world, repeat
+        self.objectives = [OBJECTIVES[s.objective.type](s.objective) if s.objective else None for s in sources]
+        self.states: dict[int, dict] = {}  # by reader
+        self.first_slot = 0
+        self.make_sources(0, world * max(config.workers, 1))  # complains about too few shards before any worker starts
+
+    def make_sources(self, reader: int, readers: int) -> list[Source]:
+        return [Source(config, self.seed, reader, readers, self.repeat) for config in self.sources]
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        workers, slot = (worker.num_workers, worker.id) if worker else (1, 0)
+        slot = (slot + self.first_slot) % workers
+        reader = self.rank * workers + slot
+        rows: list[list[Document]] = []
+        broken: list[str] = []
+        for row, state, messages in self.rows(reader, self.world * workers):
+            broken += messages
+            if row:
+                rows.append(row)
+            if len(rows) == self.config.rows:
+                yield self.batch(rows, state, broken)
+                rows, broken = [], []
+        if rows:
+            yield self.batch(rows, state, broken)
+
+    def batch(self, rows: list[list[Document]], state: dict, broken: list[str]) -> Batch:
+        batch = make_batch(rows, self.interface.processors, self.config.row_length)
+        batch.state, batch.broken = state, broken
+        return batch
+
+    def rows(self, reader: int, readers: int) -> Iterator[tuple[list[Document], dict, list[str]]]:
+        """Loaded rows, each with the state after it and the messages of samples found broken on the way."""
+        state = self.states.get(reader, {"block": 0, "row": 0, "positions": None, "broken": 0})
+        sources = self.make_sources(reader, readers)
+        if state["positions"]:
+            for source, position in zip(sources, state["positions"]):
+                source.position = Position(**position)
+        iterators = [iter(source) for source in sources]
+        weights = [source.config.weight for source in sources]
+        block, skip, broken = state["block"], state["row"], state["broken"]
+        while any(weights):
+            positions = [vars(source.position) for source in sources]
+            rng = random.Random(f"{self.seed} {reader} {block}")
+            documents, messages = [], []
+            while len(documents) < self.config.block and any(weights):
+                i = rng.choices(range(len(sources)), weights)[0]
+                sample = next(iterators[i], None)
+                messages += [str(error) for error in sources[i].errors]
+                sources[i].errors.clear()
+                if sample is None:
+                    weights[i] = 0
+                    continue
+                try:
+                    documents += self.lay_out(i, sample, sources[i].position.epoch)
+                except DataError as error:
+                    messages.append(str(error))
+            rows = pack([len(document) for document in documents], self.config.row_length)
+            rng.shuffle(rows)
+            for r, members in enumerate(rows):
+                if r < skip:
+                    messages = []
+                    continue
+                row = []
+                for n in members:
+                    try:
+                        row.append(load_spans(documents[n], self.interface.processors))
+                    except DataError as error:
+                        messages.append(f"sample {documents[n].key!r}: {error}")
+                broken += len(messages)
+                if broken > self.config.max_broken:
+                    last = "\n  ".join(messages[-3:])
+                    raise DataError(
+                        f"{broken} broken samples, more than data.max_broken={self.config.max_broken}; the last:\n  {last}\n"
+                        "find them with `metalm data check`, or raise data.max_broken"
+                    )
+                after = {"block": block, "row": r + 1, "positions": positions, "broken": broken}
+                yield row, {"reader": reader, **after}, messages
+                messages = []
+            block, skip = block + 1, 0
+
+    def lay_out(self, i: int, sample: Sample, epoch: int) -> list[Document]:
+        """The sample's documents; chance depends on seed, epoch and key alone, not on who reads it."""
+        rng = random.Random(f"{self.seed} {epoch} {i} {sample.key}")
+        arguments = {"objective": self.objectives[i]} if self.objectives[i] else {}
+        documents = list(TASKS[self.sources[i].task](self.interface, sample, rng, **arguments))
+        for document in documents:
+            if len(document) > self.config.row_length:
+                raise DataError(
+                    f"sample {document.key!r}: {len(document)} positions do not fit data.row_length={self.config.row_length}"
+                )
+        return documents
+
+
+class Loader:
+    """Iterates a stream's batches in worker processes and knows its state after each.
+
+    `state_dict` is of the batches handed out, not of those the workers have prepared ahead.
+    """
+
+    def __init__(self, stream: PackedStream, pin_memory: bool = False):
+        self.stream = stream
+        self.workers = stream.config.workers
+        self.handed_out = 0
+        self.pin_memory = pin_memory
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = DataLoader(
+            self.stream,
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,
+            pin_memory=self.pin_memory and torch.cuda.is_available(),
+        )
+        for batch in loader:
+            self.handed_out += 1
+            state = dict(batch.state)
+            self.stream.states[state.pop("reader")] = state
+            yield batch
+
+    def state_dict(self) -> dict:
+        return {"handed_out": self.handed_out, "workers": self.workers, "readers": dict(self.stream.states)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state_dict` was taken; the number of workers must be the same.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if state["workers"] != self.workers:
+            raise ConfigError(
+                f"the run was saved with data.workers={state['workers']}, now {self.workers}: shards were divided among "
+                "them, so resume with the same number"
+            )
+        self.handed_out = state["handed_out"]
+        self.stream.states = {int(reader): dict(s) for reader, s in state["readers"].items()}
+        # The next batch is due from the worker after the last one's.
+        self.stream.first_slot = self.handed_out % max(self.workers, 1)

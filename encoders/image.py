@@ -1,0 +1,147 @@
+"""Image towers of timm and open_clip: patch states of any ViT-like model, with its own preprocessing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from metalm.data.images import decode_image
+from metalm.encoders.base import Collated, Encoder, EncoderConfig, Processor
+from metalm.errors import ConfigError
+from metalm.registry import did_you_mean
+
+
+@dataclass
+class ImageProcessor(Processor):
+    """Decodes to the tower's input size; a picture is one row of states."""
+
+    image_size: int
+    num_patches: int
+    interpolation: str
+    reads = frozenset({"image"})
+
+    def num_states(self, inputs: dict) -> int:
+        return self.num_patches
+
+    def load(self, inputs: dict) -> dict:
+        return {"image": decode_image(inputs["image"], self.image_size, self.interpolation)}
+
+    def collate(self, loaded: list[dict]) -> Collated:
+        pixels = torch.stack([inputs["image"] for inputs in loaded])
+        return Collated({"pixels_N3HW": pixels}, torch.arange(len(loaded) * self.num_patches))
+
+    def blank(self) -> dict:
+        return {"image": _one_pixel_png()}
+
+
+class ImageTower(Encoder):
+    """What the towers of both libraries share: uint8 in, normalised on the device, patch states out."""
+
+    def set_pixel_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        self.register_buffer("pixel_mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("pixel_std", 255 * torch.tensor(std)[:, None, None], persistent=False)
+
+    def normalize(self, pixels_N3HW: Tensor) -> Tensor:
+        return (pixels_N3HW.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+
+
+@dataclass(kw_only=True)
+class TimmConfig(EncoderConfig):
+    """`name` as in timm, e.g. `vit_small_patch16_224.augreg_in21k`; `image_size` 0 is the model's own.
+
+    `arguments` go to `timm.create_model` as they are (depth, embed_dim, drop_path_rate, …).
+    """
+
+    name: str
+    pretrained: bool = False
+    image_size: int = 0
+    arguments: dict[str, int | float | bool | str] | None = None
+
+
+class TimmEncoder(ImageTower):
+    """Any timm model that gives patch states (ViT, DeiT, BEiT, EVA, …), without its class and register tokens."""
+
+    Config = TimmConfig
+
+    def __init__(self, config: TimmConfig):
+        super().__init__()
+        import timm
+
+        arguments = dict(config.arguments or {})
+        if config.image_size:
+            arguments["img_size"] = config.image_size
+        try:
+            self.model = timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **arguments)
+        except RuntimeError as error:
+            raise ConfigError(f"timm: {error}{did_you_mean(config.name.split('.')[0], timm.list_models())}") from error
+        except TypeError as error:
+            raise ConfigError(f"timm model {config.name!r} does not take these arguments: {error}") from error
+        if not hasattr(self.model, "patch_embed") or not hasattr(self.model, "blocks"):
+            raise ConfigError(f"timm model {config.name!r} gives no patch states; take a ViT, DeiT, BEiT or EVA")
+        data = timm.data.resolve_model_data_config(self.model)
+        self.width = self.model.num_features
+        self.skip = getattr(self.model, "num_prefix_tokens", 0)
+        self.set_pixel_statistics(data["mean"], data["std"])
+        size = config.image_size or data["input_size"][-1]
+        self.processor = ImageProcessor(size, self.model.patch_embed.num_patches, data["interpolation"])
+
+    def forward(self, pixels_N3HW: Tensor) -> Tensor:
+        return self.model.forward_features(self.normalize(pixels_N3HW))[:, self.skip :]
+
+    def layers(self) -> list[nn.Module]:
+        blocks = self.model.blocks
+        norms = [m for m in (getattr(self.model, "norm", None), getattr(self.model, "fc_norm", None)) if m is not None]
+        return [*blocks[:-1], nn.ModuleList([blocks[-1], *norms])]
+
+
+@dataclass(kw_only=True)
+class OpenClipConfig(EncoderConfig):
+    """`name` as in open_clip, e.g. `ViT-B-32`; `pretrained` a tag (`laion2b_s34b_b79k`), a checkpoint file, or empty."""
+
+    name: str
+    pretrained: str = ""
+    image_size: int = 0
+
+
+class OpenClipEncoder(ImageTower):
+    """The visual tower of an open_clip model: its patch states before pooling and projection."""
+
+    Config = OpenClipConfig
+
+    def __init__(self, config: OpenClipConfig):
+        super().__init__()
+        import open_clip
+
+        names = open_clip.list_models()
+        if config.name not in names:
+            raise ConfigError(f"open_clip has no model {config.name!r}{did_you_mean(config.name, names)}")
+        size = {"force_image_size": config.image_size} if config.image_size else {}
+        visual = open_clip.create_model(config.name, pretrained=config.pretrained or None, **size).visual
+        if not isinstance(visual, open_clip.transformer.VisionTransformer):
+            raise ConfigError(f"open_clip tower {config.name!r} is no plain ViT; for timm towers use type: timm")
+        visual.output_tokens = True
+        visual.proj = None  # projects the pooled vector only, which is not used
+        self.model = visual
+        self.width = visual.conv1.out_channels
+        self.set_pixel_statistics(visual.preprocess_cfg["mean"], visual.preprocess_cfg["std"])
+        num_patches = visual.grid_size[0] * visual.grid_size[1]
+        self.processor = ImageProcessor(visual.image_size[0], num_patches, visual.preprocess_cfg["interpolation"])
+
+    def forward(self, pixels_N3HW: Tensor) -> Tensor:
+        return self.model(self.normalize(pixels_N3HW))[1]
+
+    def layers(self) -> list[nn.Module]:
+        blocks = self.model.transformer.resblocks
+        return [*blocks[:-1], nn.ModuleList([blocks[-1], self.model.ln_post])]
+
+
+def _one_pixel_png() -> bytes:
+    import io
+
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(out, "PNG")
+    return out.getvalue()

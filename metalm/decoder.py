@@ -1,0 +1,50 @@
+"""The causal decoder: token embeddings (tied with the softmax) around the Transformer stack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from metalm.errors import ConfigError
+from metalm.nn.attention import KVCache, Mask
+from metalm.nn.freezing import Trainable
+from metalm.nn.transformer import Transformer, TransformerConfig, init_weights
+
+
+@dataclass
+class DecoderConfig(TransformerConfig):
+    """A stack with a vocabulary. `vocab_size` 0 takes the tokenizer's; `trainable`: all, none, or the last n layers."""
+
+    vocab_size: int = 0
+    trainable: Trainable = "all"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.relative_bias:
+            raise ConfigError("relative_bias is for encoders: the decoder's key-value cache does not carry it")
+
+
+class CausalDecoder(nn.Module):
+    """Reads one vector a position, whether token embedding or docked encoder state, and predicts the next token."""
+
+    Config = DecoderConfig
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ConfigError("decoder.vocab_size is not set and there is no tokenizer to take it from")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        init_weights(self.embedding)
+        self.transformer = Transformer(config)
+
+    def forward(
+        self, x_BTD: Tensor, position_BT: Tensor, mask: Mask | str = "causal", cache: KVCache | None = None
+    ) -> Tensor:
+        """Hidden states [B, T, D]; `logits` turns those that are needed into predictions."""
+        return self.transformer(x_BTD, position_BT, mask, cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V] by the tied softmax."""
+        return nn.functional.linear(hidden, self.embedding.weight)

@@ -1,0 +1,127 @@
+"""MetaLM: encoders and connectors docked on a causal decoder.
+
+    batch -> token embeddings, with connector(encoder(span)) at the spans' positions -> decoder -> loss or logits
+
+Shapes: B rows, T positions, M docked vectors, D decoder width, V vocabulary, L target positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metalm.config import plugin
+from metalm.connectors import CONNECTORS
+from metalm.decoder import CausalDecoder, DecoderConfig
+from metalm.encoders import ENCODERS
+from metalm.errors import ConfigError
+from metalm.nn.attention import KVCache, Mask, all_of, causal, same_document
+from metalm.nn.freezing import set_trainable
+from metalm.nn.losses import linear_cross_entropy
+from metalm.segments import IGNORE, Batch, SpanBatch
+
+
+@dataclass
+class MetaLMConfig:
+    """The decoder and what docks on it, by a name of one's choice."""
+
+    decoder: DecoderConfig
+    encoders: dict[str, Any] = plugin(ENCODERS, default_factory=dict)
+
+    def __post_init__(self):
+        for name, encoder in self.encoders.items():
+            if encoder.connector is None:
+                raise ConfigError(f"encoders.{name} needs a connector, one of: {', '.join(CONNECTORS.names())}")
+
+    def set_vocab_size(self, vocab_size: int) -> None:
+        """Fills in the tokenizer's size wherever a vocabulary is left at 0.
+
+        Raises:
+            ConfigError: a vocabulary is smaller than the tokenizer's.
+        """
+        for name, part in {"decoder": self.decoder, **self.encoders}.items():
+            if getattr(part, "vocab_size", None) == 0:
+                part.vocab_size = vocab_size
+            elif getattr(part, "vocab_size", vocab_size) < vocab_size:
+                raise ConfigError(f"{name}.vocab_size is {part.vocab_size}, but the tokenizer has {vocab_size} tokens")
+
+
+class MetaLM(nn.Module):
+    """Bidirectional encoders -> connectors -> causal decoder."""
+
+    Config = MetaLMConfig
+
+    def __init__(self, config: MetaLMConfig):
+        super().__init__()
+        self.config = config
+        self.decoder = CausalDecoder(config.decoder)
+        self.encoders = nn.ModuleDict({name: ENCODERS[c.type](c) for name, c in config.encoders.items()})
+        self.connectors = nn.ModuleDict(
+            {
+                name: CONNECTORS[c.connector.type](c.connector, self.encoders[name].width, config.decoder.width)
+                for name, c in config.encoders.items()
+            }
+        )
+        blocks = self.decoder.transformer.blocks
+        layers = [*blocks[:-1], nn.ModuleList([blocks[-1], self.decoder.transformer.norm])]
+        set_trainable(self.decoder, layers, config.decoder.trainable, "decoder")
+        for name, c in config.encoders.items():
+            set_trainable(self.encoders[name], self.encoders[name].layers(), c.trainable, f"encoders.{name}")
+
+    @property
+    def processors(self) -> dict[str, Any]:
+        """The host side of each encoder, for `make_batch` and the data workers."""
+        return {name: encoder.processor for name, encoder in self.encoders.items()}
+
+    def dock(self, name: str, span: SpanBatch) -> Tensor:
+        """The decoder input vectors [M, D] of one encoder's spans."""
+        states = self.encoders[name](**span.inputs).flatten(0, 1)
+        connector = self.connectors[name]
+        if connector.pointwise:
+            return connector(states[span.source])
+        ends = span.lengths.cumsum(0)
+        index_NS = (ends - span.lengths)[:, None] + torch.arange(span.max_length, device=states.device)
+        mask_NS = index_NS < ends[:, None]
+        padded = states[span.source[index_NS.clamp(max=len(span.source) - 1)]]
+        return connector(padded, mask_NS).flatten(0, 1)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """What the decoder reads, [B, T, D]: token embeddings, and docked states at the spans' positions."""
+        x_BTD = self.decoder.embedding(batch.tokens_BT)
+        flat = x_BTD.flatten(0, 1)
+        for name in self.encoders:
+            docked = self.dock(name, batch.spans[name])
+            if len(batch.spans[name].positions):
+                flat = flat.index_copy(0, batch.spans[name].positions, docked.to(flat.dtype))
+            else:  # the batch lacks this modality; the encoder still takes part in the graph, so that all ranks agree
+                flat = flat + 0 * docked.sum().to(flat.dtype)
+        return flat.view_as(x_BTD)
+
+    def hidden(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
+        """The decoder's states [B, T, D] at every position of the batch."""
+        B, T = batch.tokens_BT.shape
+        mask = Mask(all_of(causal, same_document(batch.document_BT)), B, T, T, batch.tokens_BT.device)
+        return self.decoder(self.embed(batch), batch.position_BT, mask, cache)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Cross-entropy summed over the batch's target positions, in nats: a float32 scalar."""
+        targets = batch.targets_BT.flatten()
+        places = (targets != IGNORE).nonzero().squeeze(1)
+        hidden_LD = self.hidden(batch).flatten(0, 1)[places]
+        return linear_cross_entropy(hidden_LD, self.decoder.embedding.weight, targets[places])
+
+    def parameters_by_part(self) -> dict[str, tuple[int, int]]:
+        """(all, trainable) parameter counts of the decoder, each encoder and each connector."""
+        parts = {"decoder": self.decoder}
+        for name in self.encoders:
+            parts |= {f"encoders.{name}": self.encoders[name], f"connectors.{name}": self.connectors[name]}
+        return {
+            name: (
+                sum(p.numel() for p in part.parameters()),
+                sum(p.numel() for p in part.parameters() if p.requires_grad),
+            )
+            for name, part in parts.items()
+        }

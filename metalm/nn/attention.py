@@ -1,0 +1,146 @@
+"""Attention: masks as predicates, one `attend`, and the key-value cache.
+
+A mask is a predicate (batch, head, query, key) -> bool on index tensors, composed with `all_of` and `any_of`. The same
+predicate makes the dense boolean mask of `scaled_dot_product_attention` (CPU, short sequences, decoding) and the block
+mask of FlexAttention (CUDA; FlexAttention has no backward on CPU). Plain causal or full attention takes the kernel's
+own fast path and builds no mask.
+
+Shapes: B rows, H heads, G key-value heads, Q queries, K keys, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """A query sees the keys up to and including its own position."""
+    return q >= k
+
+
+def same_document(document_BT: Tensor) -> Predicate:
+    """A query sees the keys of its own document only; padding (document 0) sees padding, so no row is empty."""
+    return lambda b, h, q, k: document_BT[b, q] == document_BT[b, k]
+
+
+def all_of(*predicates: Predicate) -> Predicate:
+    def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        allowed = predicates[0](b, h, q, k)
+        for other in predicates[1:]:
+            allowed = allowed & other(b, h, q, k)
+        return allowed
+
+    return predicate
+
+
+class Mask:
+    """A predicate over `rows` x `queries` x `keys`, made dense or into blocks once and shared by all layers.
+
+    Args:
+        first_query: index of the first query among the keys; > 0 when a cache holds the keys before it.
+    """
+
+    def __init__(
+        self, predicate: Predicate, rows: int, queries: int, keys: int, device: torch.device, first_query: int = 0
+    ):
+        self.predicate = predicate
+        self.rows, self.queries, self.keys = rows, queries, keys
+        self.device = device
+        self.first_query = first_query
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """bool [B, 1, Q, K], True where the query sees the key."""
+        b = torch.arange(self.rows, device=self.device)[:, None, None, None]
+        h = torch.zeros(1, dtype=torch.long, device=self.device)
+        q = torch.arange(self.first_query, self.first_query + self.queries, device=self.device)[:, None]
+        k = torch.arange(self.keys, device=self.device)
+        return self.predicate(b, h, q, k).expand(self.rows, 1, self.queries, self.keys)
+
+    @cached_property
+    def block(self):
+        """FlexAttention's block mask of the same predicate (queries and keys start together)."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        assert self.first_query == 0, "decoding with a cache uses the dense mask"
+        return create_block_mask(self.predicate, self.rows, None, self.queries, self.keys, device=self.device)
+
+
+@lru_cache(maxsize=1)
+def compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def attend(
+    q_BHQD: Tensor,
+    k_BGKD: Tensor,
+    v_BGKD: Tensor,
+    mask: Mask | Literal["causal", "full"] = "full",
+    bias_1HQK: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v over the keys that the mask allows: [B, H, Q, D].
+
+    A query that the mask leaves without any key is an error of the mask, not handled here.
+    """
+    H, G = q_BHQD.shape[1], k_BGKD.shape[1]
+    # Short rows do not repay FlexAttention's blocks of 128, and it takes neither dropout nor a dense bias.
+    if isinstance(mask, Mask) and q_BHQD.is_cuda and mask.first_query == 0 and mask.queries >= 256:
+        if bias_1HQK is None and dropout == 0.0:
+            return compiled_flex_attention()(q_BHQD, k_BGKD, v_BGKD, block_mask=mask.block, enable_gqa=H != G)
+    if H != G:
+        k_BGKD, v_BGKD = (x.repeat_interleave(H // G, dim=1) for x in (k_BGKD, v_BGKD))
+    attn_mask = mask.dense if isinstance(mask, Mask) else None
+    is_causal = mask == "causal"
+    if bias_1HQK is not None:
+        if is_causal:
+            Q, K = q_BHQD.shape[2], k_BGKD.shape[2]
+            attn_mask = torch.ones(Q, K, dtype=torch.bool, device=q_BHQD.device).tril(K - Q)
+            is_causal = False
+        bias = bias_1HQK.to(q_BHQD.dtype)
+        attn_mask = bias if attn_mask is None else bias.masked_fill(~attn_mask, float("-inf"))
+    return F.scaled_dot_product_attention(
+        q_BHQD, k_BGKD, v_BGKD, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal
+    )
+
+
+class KVCache:
+    """Keys and values of the positions decoded so far, preallocated: per layer [B, G, capacity, D]."""
+
+    def __init__(self, layers: int, capacity: int):
+        self.capacity = capacity
+        self.length = 0
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+
+    def append(self, layer: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores T new positions of a layer and returns all of its keys and values so far.
+
+        `length` moves on with `advance`, once all layers have appended.
+        """
+        if self.keys[layer] is None:
+            B, G, _, D = k_BGTD.shape
+            self.keys[layer] = k_BGTD.new_empty(B, G, self.capacity, D)
+            self.values[layer] = v_BGTD.new_empty(B, G, self.capacity, D)
+        end = self.length + k_BGTD.shape[2]
+        self.keys[layer][:, :, self.length : end] = k_BGTD
+        self.values[layer][:, :, self.length : end] = v_BGTD
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def advance(self, positions: int) -> None:
+        self.length += positions
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row b becomes old row `rows[b]`: for beam search."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]

@@ -1,0 +1,62 @@
+"""Cross-entropy of tied or untied heads without ever holding [positions, vocabulary].
+
+    L = sum_n  logsumexp(h_n W^T) - h_n W^T[target_n]
+
+The positions go through in chunks. Forward computes each chunk's loss and, with p - onehot at hand, its gradients too,
+so backward only scales them: the arithmetic of the dense form, the memory of one chunk's logits plus dW.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK_LOGITS = 1 << 24  # logits held at a time: 64 MiB in float32
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        chunk = max(1, CHUNK_LOGITS // weight_VD.shape[0])
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        accumulate = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        total = hidden_ND.new_zeros((), dtype=accumulate)
+        grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=accumulate) if need_weight else None
+        for start in range(0, hidden_ND.shape[0], chunk):
+            h = hidden_ND[start : start + chunk]
+            t = targets_N[start : start + chunk, None]
+            logits = (h @ weight_VD.T).to(accumulate)
+            normaliser = logits.logsumexp(dim=1, keepdim=True)
+            total += (normaliser - logits.gather(1, t)).sum()
+            if need_hidden or need_weight:
+                grad = logits.sub_(normaliser).exp_()
+                grad.scatter_add_(1, t, torch.full_like(grad[:, :1], -1.0))
+                grad = grad.to(h.dtype)
+                if need_hidden:
+                    grad_hidden[start : start + chunk] = grad @ weight_VD
+                if need_weight:
+                    grad_weight += grad.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(ctx.dtype),
+            None,
+        )
+
+
+def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Summed cross-entropy in nats, a float32 scalar (float64 for float64 input).
+
+    Args:
+        hidden_ND: states of the target positions alone.
+        weight_VD: the softmax's matrix.
+        targets_N: int64, each in [0, V).
+    """
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N)

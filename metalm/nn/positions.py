@@ -1,0 +1,70 @@
+"""Positions: fixed sinusoids, learned vectors, rotations of query and key, and T5's relative bias."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def sinusoids(positions: int, width: int) -> Tensor:
+    """The fixed table of "Attention Is All You Need", sines in the first half, cosines in the second: [positions, width]."""
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width].float()
+
+
+class SinusoidalPositions(nn.Module):
+    """Adds the fixed table, which grows when a longer input comes; position_BT: int64 [B, T] -> [B, T, D]."""
+
+    def __init__(self, positions: int, width: int):
+        super().__init__()
+        self.width = width
+        self.register_buffer("table", sinusoids(positions, width), persistent=False)
+
+    def forward(self, position_BT: Tensor) -> Tensor:
+        return nn.functional.embedding(position_BT, self.table)
+
+
+class LearnedPositions(nn.Embedding):
+    """One learned vector a position; positions beyond the table are an error of the caller's."""
+
+
+def rotary_tables(position_BT: Tensor, head_width: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, T, D/2] in float32 for `rotate`. Source: RoFormer, in the half-split layout of Llama."""
+    exponents = torch.arange(0, head_width, 2, device=position_BT.device, dtype=torch.float32) / head_width
+    angles = position_BT[:, None, :, None].float() * base**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (x_i, x_{i + D/2}) by their position's angles."""
+    first, second = x_BHTD.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BHTD.dtype)
+
+
+class RelativeBias(nn.Module):
+    """T5's relative position bias: a learned scalar a head and logarithmic bucket of (key - query).
+
+    Half of the buckets serve keys before the query, half keys after it; in each half the first part is exact, the rest
+    grows logarithmically up to `max_distance`. Shared by all layers. Source: Raffel et al. 2020, section 2.1.
+    """
+
+    def __init__(self, heads: int, buckets: int = 32, max_distance: int = 128):
+        super().__init__()
+        self.buckets, self.max_distance = buckets, max_distance
+        self.weight = nn.Parameter(torch.zeros(buckets, heads))
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        half = self.buckets // 2
+        exact = half // 2
+        size = distance.abs()
+        scale = torch.log(size.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        far = exact + (scale * (half - exact)).long()
+        return torch.where(size < exact, size, far.clamp(max=half - 1)) + half * (distance > 0)
+
+    def forward(self, query_Q: Tensor, key_K: Tensor) -> Tensor:
+        """The bias [1, H, Q, K] between position ids int64 [Q] and [K]."""
+        buckets = self.bucket(key_K[None, :] - query_Q[:, None])
+        return self.weight[buckets].permute(2, 0, 1)[None]

@@ -1,0 +1,175 @@
+"""One pre-norm Transformer stack for decoder, text encoder and towers; its choices are its `Config`.
+
+    x = x + attention(norm(x));  x = x + mlp(norm(x));  norm at the end
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from metalm.errors import ConfigError
+from metalm.nn.attention import KVCache, Mask, attend
+from metalm.nn.positions import LearnedPositions, RelativeBias, SinusoidalPositions, rotary_tables, rotate
+
+
+@dataclass
+class TransformerConfig:
+    """Shape and choices of a stack. `kv_heads` and `ffn` of 0 mean `heads` and 4 x `width`."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int = 0
+    ffn: int = 0
+    norm: Literal["layer", "rms"] = "layer"
+    mlp: Literal["gelu", "relu", "swiglu"] = "gelu"
+    positions: Literal["sinusoidal", "learned", "rotary"] = "sinusoidal"
+    relative_bias: bool = False
+    max_positions: int = 1024
+    bias: bool = True
+    dropout: float = 0.0
+    activation_checkpointing: bool = False
+
+    def __post_init__(self):
+        self.kv_heads = self.kv_heads or self.heads
+        self.ffn = self.ffn or 4 * self.width
+        if self.width % self.heads:
+            raise ConfigError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout {self.dropout} is not in [0, 1)")
+
+
+def make_norm(config: TransformerConfig) -> nn.Module:
+    return nn.RMSNorm(config.width, eps=1e-6) if config.norm == "rms" else nn.LayerNorm(config.width)
+
+
+class MLP(nn.Module):
+    """Two linear maps around GELU or ReLU, or SwiGLU with gate and up in one product."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.kind = config.mlp
+        self.up = nn.Linear(config.width, config.ffn * (2 if self.kind == "swiglu" else 1), bias=config.bias)
+        self.down = nn.Linear(config.ffn, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.kind == "swiglu":
+            gate, up = x.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)
+        return self.down(F.gelu(x) if self.kind == "gelu" else F.relu(x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with fused projections, grouped-query heads and an optional cache."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.heads, self.kv_heads = config.heads, config.kv_heads
+        self.head_width = config.width // config.heads
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=config.bias)
+        self.out = nn.Linear(config.width, config.width, bias=config.bias)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask: Mask | str,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        bias_1HQK: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        B, T, _ = x_BTD.shape
+        qkv = self.qkv(x_BTD).view(B, T, -1, self.head_width).transpose(1, 2)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        out = attend(q, k, v, mask, bias_1HQK, self.dropout if self.training else 0.0)
+        return self.out(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class Block(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor, mask: Mask | str, rotary=None, bias_1HQK=None, cache=None, layer=0) -> Tensor:
+        attended = self.attention(self.attention_norm(x_BTD), mask, rotary, bias_1HQK, cache, layer)
+        x_BTD = x_BTD + self.dropout(attended)
+        return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
+
+
+class Transformer(nn.Module):
+    """Positions, blocks and the final norm; embeddings and heads belong to the owner."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.positions = make_positions(config)
+        self.relative_bias = RelativeBias(config.heads) if config.relative_bias else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = make_norm(config)
+        self.apply(init_weights)
+        scale_residuals(self.blocks)
+
+    def forward(
+        self, x_BTD: Tensor, position_BT: Tensor, mask: Mask | str = "full", cache: KVCache | None = None
+    ) -> Tensor:
+        """States [B, T, D] from input vectors [B, T, D] and position ids int64 [B, T]."""
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions(position_BT).to(x_BTD.dtype)
+        x_BTD = self.dropout(x_BTD)
+        rotary = bias = None
+        if self.config.positions == "rotary":
+            rotary = rotary_tables(position_BT, self.config.width // self.config.heads)
+        if self.relative_bias is not None:
+            index_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
+            bias = self.relative_bias(index_T, index_T)
+        for layer, block in enumerate(self.blocks):
+            if self.config.activation_checkpointing and self.training:
+                x_BTD = checkpoint(block, x_BTD, mask, rotary, bias, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, mask, rotary, bias, cache, layer)
+        if cache is not None:
+            cache.advance(x_BTD.shape[1])
+        return self.norm(x_BTD)
+
+
+def make_positions(config: TransformerConfig) -> nn.Module | None:
+    if config.positions == "sinusoidal":
+        return SinusoidalPositions(config.max_positions, config.width)
+    if config.positions == "learned":
+        return LearnedPositions(config.max_positions, config.width)
+    return None
+
+
+def init_weights(module: nn.Module) -> None:
+    """Normal(0, 0.02) for matrices and embeddings, zero for biases (GPT-2's)."""
+    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+        nn.init.normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+
+def scale_residuals(blocks: nn.ModuleList) -> None:
+    """Divides the matrices that write to the residual stream by sqrt(2 x layers), so depth keeps its variance (GPT-2's)."""
+    for name, parameter in blocks.named_parameters():
+        if name.endswith(("out.weight", "down.weight")):
+            with torch.no_grad():
+                parameter.div_((2 * len(blocks)) ** 0.5)

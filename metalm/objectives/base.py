@@ -1,0 +1,37 @@
+"""The contract of a text objective: tokens of one document in, segments out; the loss is the model's."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from metalm.segments import IGNORE, Span, Text
+
+
+class TextReader(Protocol):
+    """The model's encoder of text, as a layout sees it."""
+
+    text_room: int  # tokens that the encoder takes at once
+
+    def read_tokens(self, tokens: list[int], first_target: int = IGNORE) -> Span:
+        """The span in which the encoder reads the tokens."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """What every objective's `Config` has."""
+
+    type: str
+
+
+class Objective(ABC):
+    Config: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
+
+    def __init__(self, config: ObjectiveConfig):
+        self.config = config
+
+    @abstractmethod
+    def lay_out(self, tokens: list[int], reader: TextReader, rng: random.Random) -> list[Text | Span]:
+        """Segments of a document that starts with `<s>` and ends with its end token."""

@@ -1,0 +1,217 @@
+"""The one idea that carries everything: an input is a sequence of segments.
+
+A `Text` holds tokens that the decoder embeds and, where marked, predicts. A `Span` is something a bidirectional encoder
+reads; its states dock on the decoder through a connector, one decoder position each. Every task and objective is only a
+way to lay out segments, and this file alone turns them into what the decoder is fed and what it predicts.
+
+    tokens    <s>  a  [b  c]  d  e  f  [g  h  i]  j  k        [ ] = span
+    input      E   E   h  h   E  E  E   h  h  h   E  E        E = embedding, h = connector(encoder(span))
+    predicts   a   b   -  d   e  f  g   -  -  j   k  -        - = no loss
+
+The first token of a span of text is predicted from the position before it, its others are not, and the token after a
+span is predicted at the span's last position. Documents end with a target of their own (`</s>`), so the last position
+predicts nothing. Source: METALM, eq. 1 with figures 2 and 3d (the sum runs to s_{i+1} inclusive).
+
+Shapes: B rows, T positions of a row, N spans of one encoder, M vectors of all its spans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a position without a target
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens that the decoder embeds; `target` says whether they are predicted as well."""
+
+    tokens: Sequence[int]
+    target: bool = True
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Span:
+    """What the encoder called `encoder` reads: `inputs` for its processor, `length` decoder positions.
+
+    `first_target` is the token that the position before the span predicts: the span's first token where the span is part
+    of the text itself, `IGNORE` for an image or an instruction.
+    """
+
+    encoder: str
+    inputs: dict[str, Any]
+    length: int
+    first_target: int = IGNORE
+
+    def __len__(self) -> int:
+        return self.length
+
+
+@dataclass(frozen=True)
+class Document:
+    """Segments that see each other and nothing else; `key` names the sample they come from."""
+
+    segments: Sequence[Text | Span]
+    key: str = ""
+
+    def __len__(self) -> int:
+        return sum(map(len, self.segments))
+
+
+@dataclass
+class SpanBatch:
+    """The spans that one encoder reads in a batch.
+
+    Attributes:
+        inputs: keyword arguments of the encoder.
+        source: int64 [S], flat places of the spans' states in the encoder's output, span after span.
+        lengths: int64 [N], states of each span; they sum to S.
+        max_length: the largest of them.
+        positions: int64 [M], flat places in [B * T] that the connector's vectors fill; empty for a blank span, which runs
+            only because every encoder runs in every step.
+    """
+
+    inputs: dict[str, Tensor]
+    source: Tensor
+    lengths: Tensor
+    max_length: int
+    positions: Tensor
+
+
+@dataclass
+class Batch:
+    """Packed documents as plain tensors.
+
+    Attributes:
+        tokens_BT: int64 token ids; 0 where an encoder feeds the position or nothing does.
+        targets_BT: int64, what the position predicts; -100 for no loss.
+        document_BT: int64, the document's number in its row from 1 on; 0 is padding.
+        position_BT: int64, position inside the document.
+        spans: by encoder name.
+        keys: of the documents' samples.
+        state: where the data stream stood after this batch; see `metalm.data.stream`.
+        broken: what was wrong with the samples that were skipped on the way here.
+    """
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    document_BT: Tensor
+    position_BT: Tensor
+    spans: dict[str, SpanBatch] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
+    state: dict | None = None
+    broken: list[str] = field(default_factory=list)
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.targets_BT != IGNORE).sum())
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that carry a document, padding left out."""
+        return int((self.document_BT > 0).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with every tensor on the device."""
+        spans = {name: SpanBatch(**_move(vars(span), device)) for name, span in self.spans.items()}
+        return replace(self, **_move(vars(self) | {"spans": spans}, device))
+
+    def pin_memory(self) -> Batch:
+        spans = {name: SpanBatch(**_pin(vars(span))) for name, span in self.spans.items()}
+        return replace(self, **_pin(vars(self) | {"spans": spans}))
+
+
+def _move(values: dict, device: torch.device | str) -> dict:
+    def move(value: Any) -> Any:
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    return {k: {n: move(x) for n, x in v.items()} if k == "inputs" else move(v) for k, v in values.items()}
+
+
+def _pin(values: dict) -> dict:
+    def pin(value: Any) -> Any:
+        return value.pin_memory() if isinstance(value, Tensor) else value
+
+    return {k: {n: pin(x) for n, x in v.items()} if k == "inputs" else pin(v) for k, v in values.items()}
+
+
+def lay_out(document: Document) -> tuple[list[int], list[int]]:
+    """A document's tokens and targets, one a position: the paper's boundary rules.
+
+    A span's positions hold token 0, for its encoder feeds them.
+    """
+    tokens: list[int] = []
+    labels: list[int] = []  # what the position before should predict
+    for segment in document.segments:
+        if isinstance(segment, Text):
+            tokens += segment.tokens
+            labels += segment.tokens if segment.target else [IGNORE] * len(segment)
+        elif len(segment):
+            tokens += [0] * len(segment)
+            labels += [segment.first_target] + [IGNORE] * (len(segment) - 1)
+    return tokens, [*labels[1:], IGNORE]
+
+
+def make_batch(
+    rows: Sequence[Sequence[Document]], processors: dict[str, Any], length: int = 0, pad_left: bool = False
+) -> Batch:
+    """Rows of documents as a batch, media loaded and collated.
+
+    Args:
+        rows: documents side by side in each row.
+        processors: host side of each encoder, by name; each is in the batch, with a blank span if no document uses it.
+        length: T; 0 takes the longest row's.
+        pad_left: put each row's documents at its right end, so that generation continues all rows at the same place.
+    """
+    T = length or max((sum(map(len, row)) for row in rows), default=1)
+    shape = (len(rows), max(T, 1))
+    tokens, targets = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE)
+    documents, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    spans: dict[str, list[tuple[Span, int]]] = {name: [] for name in processors}
+    for b, row in enumerate(rows):
+        start = T - sum(map(len, row)) if pad_left else 0
+        for d, document in enumerate(row, start=1):
+            end = start + len(document)
+            row_tokens, row_targets = lay_out(document)
+            tokens[b, start:end] = torch.tensor(row_tokens)
+            targets[b, start:end] = torch.tensor(row_targets)
+            documents[b, start:end] = d
+            positions[b, start:end] = torch.arange(end - start)
+            for segment in document.segments:
+                if isinstance(segment, Span) and len(segment):
+                    spans[segment.encoder].append((segment, b * shape[1] + start))
+                start += len(segment)
+    return Batch(
+        tokens,
+        targets,
+        documents,
+        positions,
+        {name: _span_batch(found, processors[name]) for name, found in spans.items()},
+        [document.key for row in rows for document in row],
+    )
+
+
+def _span_batch(spans: list[tuple[Span, int]], processor: Any) -> SpanBatch:
+    inputs = [span.inputs for span, _ in spans] or [processor.load(processor.blank())]
+    collated = processor.collate(inputs)
+    lengths = [processor.num_states(one) for one in inputs]
+    places = [torch.arange(start, start + len(span)) for span, start in spans]
+    positions = torch.cat(places) if places else torch.zeros(0, dtype=torch.long)
+    return SpanBatch(collated.inputs, collated.source, torch.tensor(lengths), max(lengths), positions)
+
+
+def load_spans(document: Document, processors: dict[str, Any]) -> Document:
+    """The document with the media of its spans decoded; raises `DataError` on broken media."""
+    segments = [
+        replace(segment, inputs=processors[segment.encoder].load(segment.inputs)) if isinstance(segment, Span) else segment
+        for segment in document.segments
+    ]
+    return replace(document, segments=segments)
