@@ -120,8 +120,8 @@ def read_members(url: str) -> Iterator[dict]:
     """The samples of one shard as their tar members: {extension: bytes}, and their name under `__key__`.
 
     Raises:
-        DataError: after what could be read: the shard cannot be opened, is no tar, is cut short or damaged, or is empty.
-            A sample at the cut, which may lack members, is withheld.
+        DataError: after what could be read: the shard cannot be opened, is no tar, is cut short or damaged, or is
+            empty. A sample at the cut, which may lack members, is withheld.
     """
     import webdataset as wds
     from webdataset.tariterators import group_by_keys

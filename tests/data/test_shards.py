@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import resource
 import tarfile
 
@@ -52,7 +51,7 @@ def test_round_trip_is_exact(tmp_path):
     assert json.loads((tmp_path / "out/index.json").read_text()) == index
     assert list(read_samples(str(tmp_path / "out"))) == samples
     with tarfile.open(tmp_path / "out/000000.tar") as tar:
-        assert tar.getnames() == ["photo.jpg", "photo.json", "drawing.png", "drawing.json"]
+        assert tar.getnames() == ["photo.jpg", "photo.json", "drawing.json", "drawing.png"]
         assert tar.extractfile("photo.jpg").read() == samples[0].image
     with tarfile.open(tmp_path / "out/000001.tar") as tar:
         assert "web.webp" in tar.getnames()
@@ -125,13 +124,13 @@ def test_damage_between_samples_is_reported(tmp_path):
     shard = tmp_path / "out/000000.tar"
     with tarfile.open(shard) as tar:
         offset = tar.getmember("s2.jpg").offset
-    # A header of noise, right before which tarfile would end without a word.
+    # No header any more: tarfile by itself would take this for the end.
     data = bytearray(shard.read_bytes())
-    data[offset : offset + 512] = os.urandom(512)
+    data[offset : offset + 512] = b"\xaa" * 512
     shard.write_bytes(data)
     read, errors = read_all(shard)
     assert read == samples[:1]
-    assert f"invalid header at byte {offset:,}" in errors[0] or "bad checksum" in errors[0]
+    assert f"invalid header at byte {offset:,}" in errors[0]
 
 
 @pytest.mark.parametrize("content, message", [(b"no tar at all" * 999, "not a complete tar"), (bytes(10240), "empty")])
