@@ -117,7 +117,7 @@ class CheckReport:
     def _lines(self) -> Iterable[tuple[str, str]]:
         for name, findings, style in (("oddities", self.oddities, "yellow"), ("problems", self.problems, "red")):
             if findings:
-                yield f"{len(findings):,} {name}:", f"bold {style}"
+                yield f"{name} ({len(findings):,}):", f"bold {style}"
                 yield from ((f"  {finding}", style) for finding in findings[:SHOWN])
             if len(findings) > SHOWN:
                 yield f"  … and {len(findings) - SHOWN:,} more", style

@@ -191,7 +191,7 @@ def test_long_lists_of_problems_are_shortened_in_print_only(tmp_path):
     report = check_shards(str(tmp_path / "bad.tar"))
     assert len(report.problems) == 30
     text = render(report)
-    assert "30 problems:" in text and "… and 10 more" in text and "'k19'" in text and "'k20'" not in text
+    assert "problems (30):" in text and "… and 10 more" in text and "'k19'" in text and "'k20'" not in text
 
 
 def test_no_shards_at_all(tmp_path):
