@@ -33,7 +33,7 @@ class ImageProcessor(Processor):
         return Collated({"pixels_N3HW": pixels}, torch.arange(len(loaded) * self.num_patches))
 
     def blank(self) -> dict:
-        return {"image": _one_pixel_png()}
+        return {"image": one_pixel_png()}
 
 
 class ImageTower(Encoder):
@@ -137,7 +137,7 @@ class OpenClipEncoder(ImageTower):
         return [*blocks[:-1], nn.ModuleList([blocks[-1], self.model.ln_post])]
 
 
-def _one_pixel_png() -> bytes:
+def one_pixel_png() -> bytes:
     import io
 
     from PIL import Image

@@ -1,0 +1,194 @@
+"""Positions/s of one training step, METALM against Hugging Face's LLaVA of the same shape, interleaved in one process.
+
+    python -m benchmarks.train_step [--rounds 7] [--steps 2] [--threads 2]
+
+`fixed`: 16 documents of 64 patches + 64 text tokens for both; METALM packs two a row of 256. `captions`: 64 patches and a
+caption with the lengths of Flickr8k; the peer pads 32 pairs to the longest, METALM packs as many into 12 rows of 256 as
+its data stream would; useful positions count, padding does not. Forward, backward, and the same AdamW on float32 master
+weights for both; data are in memory. The ratio is the median over rounds of METALM's rate to the peer's in that round, so
+that whatever else runs on the machine hits both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import nn
+
+from benchmarks.mixed_precision import MasterAdamW
+from benchmarks.peer_llava import TEXT, VISION, VOCABULARY, build_llava, num_parameters
+from metalm.config import build
+from metalm.model import MetaLM, MetaLMConfig
+from metalm.nn.packing import pack
+from metalm.segments import IGNORE, Batch, Document, Span, Text, make_batch
+
+PATCHES = (VISION["image_size"] // VISION["patch_size"]) ** 2
+IMAGE_TOKEN = VOCABULARY - 1
+# Captions of Flickr8k's training split by their number of BPE tokens (vocabulary 8,192, end token included), per mille.
+CAPTION_LENGTHS = {
+    5: 4, 6: 9, 7: 25, 8: 52, 9: 78, 10: 90, 11: 103, 12: 107, 13: 104, 14: 95, 15: 79, 16: 70, 17: 50, 18: 38, 19: 28,
+    20: 21, 21: 15, 22: 11, 23: 6, 24: 5, 25: 4, 26: 3, 27: 2, 28: 1,
+}  # fmt: skip
+
+
+def build_metalm(seed: int = 0) -> MetaLM:
+    """METALM at the peer's shape: a ViT of timm, a two-layer connector, a Llama-like decoder with tied softmax."""
+    torch.manual_seed(seed)
+    config = {
+        "decoder": {
+            "layers": TEXT["num_hidden_layers"],
+            "width": TEXT["hidden_size"],
+            "heads": TEXT["num_attention_heads"],
+            "ffn": TEXT["intermediate_size"],
+            "norm": "rms",
+            "mlp": "swiglu",
+            "positions": "rotary",
+            "bias": False,
+            "vocab_size": VOCABULARY,
+        },
+        "encoders": {
+            "image": {
+                "type": "timm",
+                "name": "vit_tiny_patch16_224",
+                "image_size": VISION["image_size"],
+                "arguments": {
+                    "depth": VISION["num_hidden_layers"],
+                    "embed_dim": VISION["hidden_size"],
+                    "num_heads": VISION["num_attention_heads"],
+                },
+                "connector": {"type": "feedforward", "layers": 2},
+            }
+        },
+    }
+    return MetaLM(build(MetaLMConfig, config, "benchmark"))
+
+
+def random_documents(lengths: list[int]) -> list[Document]:
+    """An image of noise and a text of random tokens of each length."""
+    side = VISION["image_size"]
+    return [
+        Document(
+            [
+                Span("image", {"image": torch.randint(256, (3, side, side), dtype=torch.uint8)}, PATCHES),
+                Text(torch.randint(IMAGE_TOKEN, (length,)).tolist()),
+            ]
+        )
+        for length in lengths
+    ]
+
+
+def packed(model: MetaLM, documents: list[Document], row_length: int, rows: int) -> Batch:
+    """The first `rows` rows in which the data stream would pack the documents."""
+    packing = pack([len(document) for document in documents], row_length)
+    random.Random(0).shuffle(packing)
+    return make_batch([[documents[n] for n in row] for row in packing[:rows]], model.processors, row_length)
+
+
+def padded(documents: list[Document]) -> dict[str, torch.Tensor]:
+    """The documents as LLaVA takes them: one a row, padded to the longest, loss on the text alone."""
+    shape = (len(documents), max(map(len, documents)))
+    input_ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    for b, document in enumerate(documents):
+        tokens = torch.tensor(document.segments[1].tokens)
+        end = len(document)
+        input_ids[b, :PATCHES] = IMAGE_TOKEN
+        input_ids[b, PATCHES:end] = labels[b, PATCHES:end] = tokens
+        attention_mask[b, :end] = 1
+    pixels = torch.stack([document.segments[0].inputs["image"] for document in documents])
+    pixel_values = (pixels / 127.5 - 1).bfloat16()
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "pixel_values": pixel_values}
+
+
+def metalm_step(model: MetaLM, batch: Batch) -> Callable[[], None]:
+    optimizer = MasterAdamW(model.train(), lr=1e-4)
+
+    def step() -> None:
+        (model(batch) / batch.num_targets).backward()
+        optimizer.step()
+
+    return step
+
+
+def llava_step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    optimizer = MasterAdamW(model.train(), lr=1e-4)
+
+    def step() -> None:
+        model(**inputs).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def seconds(step: Callable[[], None], steps: int) -> float:
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - start) / steps
+
+
+def compare(
+    ours: Callable[[], None], peer: Callable[[], None], positions: tuple[int, int], rounds: int, steps: int
+) -> dict[str, float]:
+    """Medians over rounds of both rates in positions/s, and of their ratio; `positions` a step of ours and of the peer's."""
+    ours(), peer()
+    rates = []
+    for round_ in range(rounds):
+        # Who goes first alternates, so that neither always finds the machine as the other left it.
+        order = (ours, peer) if round_ % 2 == 0 else (peer, ours)
+        taken = {step: seconds(step, steps) for step in order}
+        rates.append((positions[0] / taken[ours], positions[1] / taken[peer]))
+    return {
+        "metalm": median(rate for rate, _ in rates),
+        "peer": median(rate for _, rate in rates),
+        "ratio": median(rate / other for rate, other in rates),
+    }
+
+
+def measure(rounds: int = 7, steps: int = 2) -> dict[str, dict[str, float]]:
+    """Both comparisons by name, with the parameters and the share of useful positions of either side."""
+    metalm = build_metalm().bfloat16()
+    results = {}
+    torch.manual_seed(0)
+    fixed = random_documents([64] * 16)
+    peer = build_llava(VISION, TEXT, VOCABULARY, IMAGE_TOKEN, tied=True).bfloat16()
+    parameters = {"metalm_parameters": num_parameters(metalm), "peer_parameters": num_parameters(peer)}
+    mix = random.Random(0).choices(list(CAPTION_LENGTHS), list(CAPTION_LENGTHS.values()), k=512)
+    captioned = random_documents(mix)
+    for name, batch, inputs in (
+        ("fixed", packed(metalm, fixed, 256, 8), padded(fixed)),
+        ("captions", packed(metalm, captioned, 256, 12), padded(captioned[:32])),
+    ):
+        useful = (batch.num_positions, int(inputs["attention_mask"].sum()))
+        shares = {
+            "metalm_useful": useful[0] / batch.tokens_BT.numel(),
+            "peer_useful": useful[1] / inputs["input_ids"].numel(),
+        }
+        timed = compare(metalm_step(metalm, batch), llava_step(peer, inputs), useful, rounds, steps)
+        results[name] = timed | parameters | shares
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=2, help="a round")
+    parser.add_argument("--threads", type=int, default=0, help="of both sides; 0: torch's default")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    for name, result in measure(arguments.rounds, arguments.steps).items():
+        print(
+            f"{name:9s} metalm {result['metalm']:7,.0f}  llava {result['peer']:7,.0f} useful positions/s  "
+            f"ratio {result['ratio']:.2f}   parameters {result['metalm_parameters']:,} / {result['peer_parameters']:,}   "
+            f"useful {result['metalm_useful']:.1%} / {result['peer_useful']:.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

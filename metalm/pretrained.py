@@ -1,0 +1,112 @@
+"""Exports: a folder with `model.safetensors`, `config.json` and `tokenizer.json`, written by a run and loaded anywhere.
+
+A name for an export is its folder, the run that holds it (`RUN/export`), or a Hugging Face Hub id.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import metalm
+from metalm.config import build, to_plain
+from metalm.data.tokenizer import Tokenizer
+from metalm.errors import CheckpointError
+from metalm.model import MetaLM, MetaLMConfig
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def find_export(name: str | Path) -> Path:
+    """The folder of an export; a Hub id is downloaded.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for folder in (Path(name), Path(name) / "export"):
+        if (folder / CONFIG).is_file():
+            return folder
+    if Path(name).exists():
+        raise CheckpointError(f"{name} holds no export ({CONFIG}, {WEIGHTS}); a run writes one when it ends")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"no run or export at {str(name)!r}, and no such model on the Hub") from error
+
+
+def read_model_config(name: str | Path) -> dict:
+    """The plain `model` section of an export."""
+    return json.loads((find_export(name) / CONFIG).read_text())["model"]
+
+
+def save_pretrained(weights: Mapping[str, Tensor], config: MetaLMConfig, tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Writes an export.
+
+    Args:
+        weights: the model's state dict, on the CPU and whole.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = to_plain(config)
+    for encoder in plain["encoders"].values():
+        # The weights are in the export: nothing is to be fetched when it is loaded.
+        if "pretrained" in encoder:
+            encoder["pretrained"] = type(encoder["pretrained"])()
+        if encoder.get("arguments"):
+            encoder["arguments"].pop("checkpoint_path", None)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+    record = {"metalm_version": metalm.__version__, "tokenizer_fingerprint": tokenizer.fingerprint, "model": plain}
+    (folder / CONFIG).write_text(json.dumps(record, indent=1))
+    tokenizer.save(folder)
+
+
+def load_weights(model: MetaLM, name: str | Path) -> None:
+    """Fills a model with an export's weights.
+
+    Raises:
+        CheckpointError: tensors are missing, left over, or of another shape; it names them.
+    """
+    from safetensors.torch import load_file
+
+    path = find_export(name) / WEIGHTS
+    try:
+        weights = load_file(path)
+    except Exception as error:  # safetensors raises its own and OSError, without a common base
+        raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
+    own = model.state_dict()
+    problems = [f"{n}: missing" for n in own if n not in weights]
+    problems += [f"{n}: unknown to this model" for n in weights if n not in own]
+    problems += [
+        f"{n}: {tuple(weights[n].shape)} in the file, {tuple(own[n].shape)} in the model"
+        for n in own
+        if n in weights and own[n].shape != weights[n].shape
+    ]
+    if problems:
+        more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"{path} does not fit the model:\n  " + "\n  ".join(problems[:5]) + more)
+    model.load_state_dict(weights)
+
+
+def load_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> tuple[MetaLM, Tokenizer]:
+    """An export's model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        CheckpointError: there is no export, it does not fit, or its tokenizer is not the one that it was trained with.
+    """
+    folder = find_export(name)
+    record = json.loads((folder / CONFIG).read_text())
+    model = MetaLM(build(MetaLMConfig, record["model"], str(folder / CONFIG)))
+    load_weights(model, folder)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.fingerprint != record["tokenizer_fingerprint"]:
+        raise CheckpointError(f"{folder}: the tokenizer is not the one that the model was trained with")
+    return model.to(dtype).eval(), tokenizer

@@ -1,0 +1,104 @@
+"""The configuration of a run: model, tokenizer, data, training, and where it goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from metalm.config import build, read_yaml
+from metalm.data.stream import DataConfig
+from metalm.errors import ConfigError
+from metalm.model import MetaLMConfig
+from metalm.pretrained import read_model_config
+
+
+@dataclass
+class TokenizerConfig:
+    """`path`: a tokenizer.json, a run, or a Hugging Face id; empty: a BPE of `vocab_size` is trained on the run's texts."""
+
+    path: str = ""
+    vocab_size: int = 8192
+
+
+@dataclass
+class TrainingConfig:
+    """How long, how fast, how precisely, and how often to log and save.
+
+    `deepspeed` names a bundled DeepSpeed configuration (zero0, zero1, zero2, zero3, zero2-offload, zero3-offload) or a JSON
+    file in DeepSpeed's own format; batch sizes, precision and clipping are filled in from here.
+    `min_lr` is the fraction of `lr` that the schedule ends at. Intervals of 0 switch a thing off.
+    """
+
+    steps: int
+    lr: float = 1e-3
+    warmup: int = 100
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    min_lr: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    accumulation: int = 1
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    deepspeed: str = "zero0"
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    validate_every: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "accumulation", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        if self.lr <= 0:
+            raise ConfigError(f"lr is {self.lr}, it must be positive")
+        if len(self.betas) != 2:
+            raise ConfigError(f"betas is {self.betas}, it takes two numbers")
+
+
+@dataclass
+class RunConfig:
+    """A run: `metalm train CONFIG.yaml key=value …`.
+
+    `init_from` starts from another run's export: its model and tokenizer are taken over, and `model` need only hold what
+    differs (which layers train, say). With `resume: auto` a run that was stopped goes on where its last checkpoint was.
+    """
+
+    out: str
+    data: DataConfig
+    training: TrainingConfig
+    model: MetaLMConfig
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    init_from: str = ""
+    resume: Literal["auto", "never"] = "auto"
+    dry_run: bool = False
+
+    def __post_init__(self):
+        if self.training.validate_every and not self.data.validation:
+            raise ConfigError("training.validate_every is set, but data.validation names no source")
+        if self.data.row_length > self.model.decoder.max_positions and self.model.decoder.positions == "learned":
+            raise ConfigError(
+                f"data.row_length {self.data.row_length} exceeds model.decoder.max_positions "
+                f"{self.model.decoder.max_positions}"
+            )
+
+
+def load_run_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+    """The typed configuration of a YAML file with `key=value` overrides."""
+    values = read_yaml(path, overrides)
+    if values.get("init_from"):
+        values["model"] = merge(read_model_config(values["init_from"]), values.get("model") or {})
+        values.setdefault("tokenizer", {"path": values["init_from"]})
+    return build(RunConfig, values, str(path))
+
+
+def merge(base: dict, changes: dict) -> dict:
+    """`base` with `changes` over it, mappings merged key by key."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged

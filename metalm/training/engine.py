@@ -1,0 +1,170 @@
+"""DeepSpeed, the only training engine: one CPU process or many nodes, ZeRO 0 to 3.
+
+The loss of a step is the sum over all target tokens of all ranks and all accumulated micro-batches, divided by their
+number: never a mean of means. DeepSpeed averages gradients over ranks and micro-batches, so the loss is scaled by both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from metalm.errors import ConfigError, TrainingError
+from metalm.model import MetaLM
+from metalm.registry import did_you_mean
+from metalm.segments import Batch
+from metalm.training.config import TrainingConfig
+
+
+def setup_distributed() -> torch.device:
+    """Joins the process group that torchrun or the deepspeed launcher describes, or makes one of a single process.
+
+    Returns the device of this process.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    quiet_deepspeed()
+    import deepspeed
+
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            os.environ["MASTER_PORT"] = str(free_port())
+        deepspeed.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def quiet_deepspeed() -> None:
+    """Warnings only, on every rank."""
+    import logging
+
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def deepspeed_config(config: TrainingConfig, rows: int) -> dict:
+    """DeepSpeed's configuration: the named file, with what the run decides filled in.
+
+    Raises:
+        ConfigError: there is no such file, it does not parse, or it sets what the run decides.
+    """
+    import metalm.configs
+
+    bundled = Path(metalm.configs.__path__[0]) / "deepspeed"
+    path = Path(config.deepspeed)
+    if not path.is_file():
+        path = bundled / f"{config.deepspeed}.json"
+    if not path.is_file():
+        names = sorted(p.stem for p in bundled.glob("*.json"))
+        raise ConfigError(f"training.deepspeed: no file or bundled name {config.deepspeed!r}{did_you_mean(config.deepspeed, names)}")
+    try:
+        given = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from error
+    ours = {
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.clip,
+        "bf16": {"enabled": config.precision == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": torch.cuda.is_available(),
+        "steps_per_print": 1 << 40,
+    }
+    clash = sorted(set(given) & {*ours, "train_batch_size", "optimizer", "scheduler", "fp16"})
+    if clash:
+        raise ConfigError(f"{path}: {clash[0]!r} is decided by the run's configuration; remove it here")
+    return given | ours
+
+
+def make_engine(model: MetaLM, config: TrainingConfig, rows: int):
+    """The DeepSpeed engine around a model, with AdamW; matrices decay, vectors (norms, biases) and embeddings do not."""
+    import deepspeed
+
+    ds_config = deepspeed_config(config, rows)
+    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ConfigError("nothing trains: every part of the model is frozen")
+    decays = [p for name, p in trainable if p.ndim > 1 and "embedding" not in name and "positions" not in name]
+    chosen = set(map(id, decays))
+    groups = [
+        {"params": decays, "weight_decay": config.weight_decay},
+        {"params": [p for _, p in trainable if id(p) not in chosen], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    arguments = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    if offload and torch.cuda.is_available():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer = DeepSpeedCPUAdam(groups, **arguments)
+    else:
+        optimizer = torch.optim.AdamW(groups, **arguments, fused=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    return engine
+
+
+def train_step(engine, batches: list[Batch]) -> tuple[Tensor, int]:
+    """One optimizer step on this rank's micro-batches.
+
+    Returns:
+        (this rank's share of the loss in nats a target token, so that shares of all ranks add up to the loss;
+        target tokens of all ranks).
+
+    Raises:
+        TrainingError: no batch of any rank has a target.
+    """
+    targets = int(all_sum(torch.tensor(float(sum(batch.num_targets for batch in batches))), engine.device))
+    if targets == 0:
+        keys = ", ".join([key for batch in batches for key in batch.keys][:5])
+        raise TrainingError(f"a step without any target token; its first samples: {keys}")
+    share = torch.zeros((), device=engine.device)
+    scale = engine.world_size * len(batches) / targets
+    for batch in batches:
+        loss = engine(batch.to(engine.device))
+        engine.backward(loss * scale)
+        engine.step()
+        share += loss.detach() / targets
+    return share, targets
+
+
+def all_sum(value: Tensor, device: torch.device) -> Tensor:
+    """The sum over all ranks, on the CPU."""
+    if dist.get_world_size() == 1:
+        return value.cpu()
+    value = value.to(device)
+    dist.all_reduce(value)
+    return value.cpu()
+
+
+def full_weights(engine) -> dict[str, Tensor]:
+    """The whole state dict on rank 0's CPU (empty elsewhere); under ZeRO-3 gathered parameter by parameter."""
+    module = engine.module
+    weights = {}
+    partitioned = engine.zero_optimization_stage() == 3
+    if partitioned:
+        import deepspeed
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        gather = deepspeed.zero.GatheredParameters([tensor]) if partitioned and hasattr(tensor, "ds_id") else nullcontext()
+        with gather:
+            if dist.get_rank() == 0:
+                weights[name] = tensor.detach().cpu().clone()
+    return weights
