@@ -64,7 +64,7 @@ class RunConfig:
     """A run: `metalm train CONFIG.yaml key=value …`.
 
     `init_from` starts from another run's export: its model and tokenizer are taken over, and `model` need only hold what
-    differs (which layers train, say). With `resume: auto` a run that was stopped goes on where its last checkpoint was.
+    differs (which layers train, say). `variables` are there to be referred to, as `${variables.name}`. With `resume: auto` a run that was stopped goes on where its last checkpoint was.
     """
 
     out: str
@@ -72,6 +72,7 @@ class RunConfig:
     training: TrainingConfig
     model: MetaLMConfig
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    variables: dict[str, str] = field(default_factory=dict)
     init_from: str = ""
     resume: Literal["auto", "never"] = "auto"
     dry_run: bool = False

@@ -65,3 +65,28 @@ def estimate(config: RunConfig, world: int) -> dict:
         "flops_per_step_and_rank": flops_per_step(config, model),
         "positions_per_step": config.data.row_length * config.data.rows * config.training.accumulation * world,
     }
+
+
+def print_estimate(config: RunConfig) -> None:
+    """Prints `estimate` as tables; the vocabulary is the tokenizer's, or what it will be trained to."""
+    import os
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from metalm.data.tokenizer import Tokenizer
+
+    path = config.tokenizer.path
+    config.model.set_vocab_size(Tokenizer.load(path).size if path else config.tokenizer.vocab_size)
+    figures = estimate(config, int(os.environ.get("WORLD_SIZE", 1)))
+    console = Console()
+    parameters = Table("part", "parameters", "trainable", title="Parameters")
+    for name, counts in [*figures["parameters"].items(), ("total", figures["total"])]:
+        parameters.add_row(name, f"{counts['all']:,}", f"{counts['trainable']:,}")
+    console.print(parameters)
+    memory = Table("ranks", *figures["model_state_bytes"]["8"], title="Model states, GiB a rank (activations come on top)")
+    for world, stages in figures["model_state_bytes"].items():
+        memory.add_row(world, *(f"{size / 2**30:.2f}" for size in stages.values()))
+    console.print(memory)
+    console.print(f"positions a step: {figures['positions_per_step']:,}", highlight=False)
+    console.print(f"FLOPs a step and rank: {figures['flops_per_step_and_rank']:.3e}", highlight=False)

@@ -1,0 +1,5 @@
+"""`python -m metalm`, which torchrun and deepspeed start."""
+
+from metalm.cli import main
+
+main()

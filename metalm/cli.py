@@ -1,0 +1,201 @@
+"""`metalm <verb>`: every import of weight happens inside the verb, so that `metalm --help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from metalm.errors import MetalmError
+
+app = typer.Typer(
+    help="METALM: bidirectional encoders docked on a causal decoder, trained semi-causally.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Make, import and check webdataset shards.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Out = Annotated[Path, typer.Option(help="Where to write.")]
+Shards = Annotated[str, typer.Option("--data", help="Shards: a folder, a tar, or a brace pattern.")]
+Model = Annotated[str, typer.Option(help="A run, an export, or a Hugging Face Hub id.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, runs and report.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the world and of training.")] = 0,
+) -> None:
+    """The whole job on the embedded data set: pretrain, zero-shot VQA, fine-tune for captioning, report."""
+    from metalm.demo import run_demo
+
+    run_demo(out, seed)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a bundled one such as demo/pretrain.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=100.")] = None,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+) -> None:
+    """Pretrain or fine-tune (init_from=RUN); the same command resumes a run that was stopped."""
+    from metalm.training.config import load_run_config
+
+    run_config = load_run_config(config, overrides or [])
+    if run_config.dry_run:
+        from metalm.training.estimate import print_estimate
+
+        print_estimate(run_config)
+        return
+    from metalm.training.loop import train as run
+
+    print(f"export: {run(run_config)}")
+
+
+@app.command()
+def evaluate(
+    task: Annotated[str, typer.Argument(help="vqa or captioning.")],
+    model: Model,
+    data: Shards,
+    out: Annotated[Path, typer.Option(help="The result, a JSON file.")],
+    shots: Annotated[int, typer.Option(help="Worked examples before each query.")] = 0,
+    shots_data: Annotated[str, typer.Option(help="Shards to draw them from; empty: --data itself.")] = "",
+    blind: Annotated[bool, typer.Option("--blind", help="Blank every picture: the first thing to beat.")] = False,
+    spice: Annotated[bool, typer.Option("--spice", help="Score captions by SPICE too.")] = False,
+    beams: Annotated[int, typer.Option(help="Beam search with so many beams.")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Beam scores are divided by length to this power.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time; results do not depend on it.")] = 64,
+    limit: Annotated[int, typer.Option(help="Evaluate so many samples only; 0: all.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 (faster, rounding depends on the batch).")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the draw of worked examples.")] = 0,
+) -> None:
+    """Score a model on shards."""
+    from metalm.errors import ConfigError
+    from metalm.evaluation.captioning import evaluate_captioning
+    from metalm.evaluation.predictor import Predictor
+    from metalm.evaluation.vqa import evaluate_vqa
+    from metalm.inference.generate import GenerationConfig
+    from metalm.registry import did_you_mean
+
+    if task not in ("vqa", "captioning"):
+        raise ConfigError(f"no evaluation is called {task!r}{did_you_mean(task, ['vqa', 'captioning'])}")
+    if spice and task != "captioning":
+        raise ConfigError("--spice is for captioning")
+    generation = GenerationConfig(max_new_tokens, beams, length_penalty=length_penalty)
+    predictor = Predictor.load(model, generation, batch_size, dtype)
+    arguments = {"shots": shots, "shots_data": shots_data, "blind": blind, "limit": limit, "seed": seed}
+    if task == "vqa":
+        result = evaluate_vqa(predictor, data, model, **arguments)
+    else:
+        result = evaluate_captioning(predictor, data, model, spice=spice, **arguments)
+    result.config |= {"dtype": dtype, "batch_size": batch_size}
+    lines = result.write(out)
+    for name, value in result.metrics.items():
+        print(f"{name:24s} {value:.4f}")
+    print(f"{out} and {lines}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="What to go on from.")] = "",
+    image: Annotated[Path | None, typer.Option(help="A picture that goes before the prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy, more is more random.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
+    beams: Annotated[int, typer.Option(help="Beam search with so many beams.")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Beam scores are divided by length to this power.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+) -> None:
+    """Answer a prompt, about a picture if there is one."""
+    from metalm.errors import ConfigError, DataError
+    from metalm.evaluation.predictor import Predictor
+    from metalm.inference.generate import GenerationConfig
+    from metalm.segments import Document
+
+    if not prompt and image is None:
+        raise ConfigError("give --prompt, --image, or both")
+    if image is not None and not image.is_file():
+        raise DataError(f"no picture at {image}")
+    settings = GenerationConfig(max_new_tokens, beams, temperature, top_p, length_penalty, seed)
+    predictor = Predictor.load(model, settings, dtype=dtype)
+    document = Document(predictor.interface.prompt(image and image.read_bytes(), prompt), str(image or "prompt"))
+    print(predictor([document])[0])
+
+
+@data_app.command("scenes")
+def data_scenes(
+    out: Out,
+    seed: Annotated[int, typer.Option(help="Everything is drawn from it.")] = 0,
+    size: Annotated[int, typer.Option(help="Pretraining images, and texts.")] = 20_000,
+) -> None:
+    """The embedded world: pictures of coloured shapes, texts, and questions."""
+    from metalm.data.scenes import write_scenes
+
+    for name, count in write_scenes(out, seed, size).items():
+        print(f"{out / name}: {count:,} samples")
+
+
+@data_app.command("import", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def data_import(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="flickr8k, coco-captions, vqav2, okvqa, daquar, text, or jsonl.")],
+    out: Out,
+    samples_per_shard: Annotated[int, typer.Option(help="Fewer makes more shards, for more workers.")] = 512,
+) -> None:
+    """Shards from a data set's own files; options of the importer follow as --name value (see the README)."""
+    from metalm.data.importers import import_dataset
+    from metalm.data.shards import write_shards
+
+    index = write_shards(import_dataset(name, **parse_options(context.args)), out, samples_per_shard, source=name)
+    print(f"{out}: {index['num_samples']:,} samples in {len(index['shards'])} shards")
+
+
+def parse_options(arguments: list[str]) -> dict[str, str | bool]:
+    """`--some-name value` and `--flag` as {"some_name": "value", "flag": True}."""
+    from metalm.errors import ConfigError
+
+    options: dict[str, str | bool] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r}: options are written --name value")
+        name, _, value = word[2:].partition("=")
+        if value:
+            options[name.replace("-", "_")] = value
+        else:
+            options[name.replace("-", "_")] = rest.pop(0) if rest and not rest[0].startswith("--") else True
+    return options
+
+
+@data_app.command("check")
+def data_check(
+    shards: Annotated[str, typer.Argument(help="A folder, a tar, or a brace pattern.")],
+    ranks: Annotated[int, typer.Option(help="Training processes that shall read them.")] = 1,
+    workers: Annotated[int, typer.Option(help="Data workers of each process.")] = 1,
+) -> None:
+    """Counts, sizes, broken samples by key, and whether there are shards enough; exits with 1 on a problem."""
+    from rich.console import Console
+
+    from metalm.data.check import check_shards
+
+    report = check_shards(shards, ranks, workers)
+    Console().print(report.render())
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """The console script: what the person can mend is said in a sentence, without a traceback."""
+    try:
+        app()
+    except MetalmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

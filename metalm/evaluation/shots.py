@@ -1,0 +1,50 @@
+"""In-context demonstrations: k worked examples before the query, as the paper lays them out.
+
+    k x ( [Span(input)] Text(answer </s>) ) [Span(input)] -> answer
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from metalm.data.prompts import Interface
+from metalm.errors import DataError
+from metalm.segments import Document, Span, Text
+
+Example = TypeVar("Example")
+
+
+def few_shot(
+    examples: Sequence[Example],
+    pool: Sequence[Example],
+    shots: int,
+    query: Callable[[Example], list[Text | Span]],
+    answer: Callable[[Example], str],
+    key: Callable[[Example], str],
+    interface: Interface,
+    seed: int = 0,
+) -> list[Document]:
+    """A prompt for each example, after `shots` demonstrations drawn from the pool, never of the example's own sample.
+
+    The draw depends on the seed and the example's key alone. With `shots` 0 the pool is not used.
+
+    Args:
+        key: names an example; up to the first "/" it names the sample (the picture).
+
+    Raises:
+        DataError: the pool is too small.
+    """
+    prompts = []
+    for example in examples:
+        own = key(example).split("/")[0]
+        segments: list[Text | Span] = []
+        if shots:
+            others = [other for other in pool if key(other).split("/")[0] != own]
+            if len(others) < shots:
+                raise DataError(f"{shots} shots need as many samples to draw from besides {own!r}; there are {len(others)}")
+            for demo in random.Random(f"{seed} {key(example)}").sample(others, shots):
+                segments += interface.answer(query(demo), answer(demo))
+        prompts.append(Document([*segments, *query(example)], key(example)))
+    return prompts
