@@ -2,7 +2,7 @@
 
 OmegaConf reads the YAML, the overrides and `${…}`; `build` turns the plain result into dataclasses. Every class owns a
 `Config` dataclass beside it, so this file knows no field of any of them. A field whose class is chosen by a `type` key
-(an encoder, a connector) is annotated `Plugin[Base]`-like with `plugin(registry)`: the chosen class's own `Config` is built.
+(an encoder, a connector) is declared by `plugin(registry)`: the chosen class's own `Config` is built.
 """
 
 from __future__ import annotations
@@ -39,13 +39,28 @@ def read_yaml(path: str | Path, overrides: list[str] = ()) -> dict:
         if "=" not in override:
             raise ConfigError(f"override {override!r}: write it as key=value, for example training.steps=100")
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(tree, resolve=True)
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        tree = OmegaConf.load(path)
+        if not OmegaConf.is_dict(tree):
+            raise ConfigError(f"{path}: a configuration is a mapping of keys, this file holds a list")
+        for override in overrides:
+            _override(tree, override)
+        return OmegaConf.to_container(tree, resolve=True)
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(plain, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of keys, this file holds a list")
-    return plain
+
+
+def _override(tree: Any, override: str) -> None:
+    """Sets one `key=value` in OmegaConf's tree; `data.train[0].weight=2` reaches into a list."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    key, _, text = override.partition("=")
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # `${…}` stays as it is
+        OmegaConf.update(tree, key, value)
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, IndexError, AssertionError) as error:
+        raise ConfigError(f"override {override!r}: {str(error).splitlines()[0]}") from error
 
 
 def find_config(path: str | Path) -> Path:
@@ -54,7 +69,8 @@ def find_config(path: str | Path) -> Path:
 
     path = Path(path)
     bundled = Path(metalm.configs.__path__[0])
-    for candidate in (path, bundled / path, bundled.joinpath(*path.parts[1:])):
+    inside = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
+    for candidate in (path, bundled / inside):
         if candidate.is_file():
             return candidate
     names = sorted(str(p.relative_to(bundled)) for p in bundled.rglob("*.yaml"))
@@ -81,7 +97,12 @@ def build(cls: type, values: dict, where: str, key: str = "") -> Any:
         if name not in fields:
             raise ConfigError(f"{where}: unknown key {path!r}{did_you_mean(str(name), list(fields))}")
         registry = fields[name].metadata.get("registry")
-        arguments[name] = _plugins(registry, value, where, path) if registry else _value(hints[name], value, where, path)
+        if registry and typing.get_origin(hints[name]) is dict:
+            arguments[name] = _plugins(registry, value, where, path)
+        elif registry:
+            arguments[name] = None if value is None else _plugin(registry, value, where, path)
+        else:
+            arguments[name] = _value(hints[name], value, where, path)
     required = [
         name
         for name, field in fields.items()
@@ -105,15 +126,17 @@ def _names(cls: type) -> str:
     return ", ".join(field.name for field in dataclasses.fields(cls))
 
 
-def _plugins(registry: Registry, value: Any, where: str, key: str) -> Any:
-    if value is None:
-        return None
-    if isinstance(value, dict) and "type" not in value and all(isinstance(v, dict) for v in value.values()):
-        return {name: _plugins(registry, entry, where, f"{key}.{name}") for name, entry in value.items()}
+def _plugins(registry: Registry, value: Any, where: str, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or any(not isinstance(entry, dict) for entry in value.values()):
+        raise ConfigError(f"{where}: {key} takes {registry.kind}s by a name of your choice, each with its keys, not {value!r}")
+    return {name: _plugin(registry, entry, where, f"{key}.{name}") for name, entry in value.items()}
+
+
+def _plugin(registry: Registry, value: Any, where: str, key: str) -> Any:
     if not isinstance(value, dict) or "type" not in value:
         raise ConfigError(f"{where}: {key} needs a key 'type', one of: {', '.join(registry.names())}")
     try:
-        cls = registry[value["type"]]
+        cls = registry[str(value["type"])]
     except ConfigError as error:
         raise ConfigError(f"{where}: {key}.type: {error}") from error
     return build(cls.Config, value, where, key)

@@ -37,6 +37,9 @@ class Registry:
 
 
 def did_you_mean(name: str, names: list[str]) -> str:
-    """`; did you mean 'x'?` for a near miss, else the list of what exists."""
+    """`; did you mean 'x'?` for a near miss, else the list of what exists, unless that is long."""
     near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(names) or 'none'}"
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    more = f", … ({len(names):,} in all)" if len(names) > 20 else ""
+    return f"; there are: {', '.join(names[:20]) or 'none'}{more}"
