@@ -1,6 +1,6 @@
 """Attention: masks as predicates, one `attend`, and the key-value cache.
 
-A mask is a predicate (batch, head, query, key) -> bool on index tensors, composed with `all_of` and `any_of`. The same
+A mask is a predicate (batch, head, query, key) -> bool on index tensors, composed with `all_of`. The same
 predicate makes the dense boolean mask of `scaled_dot_product_attention` (CPU, short sequences, decoding) and the block
 mask of FlexAttention (CUDA; FlexAttention has no backward on CPU). Plain causal or full attention takes the kernel's
 own fast path and builds no mask.
@@ -98,7 +98,8 @@ def attend(
 ) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v over the keys that the mask allows: [B, H, Q, D].
 
-    A query that the mask leaves without any key is an error of the mask, not handled here.
+    Under "causal" the queries are the last of the keys. A query that the mask leaves without any key is an error of the
+    mask, not handled here.
     """
     H, G = q_BHQD.shape[1], k_BGKD.shape[1]
     # Short rows do not repay FlexAttention's blocks of 128, and it takes neither dropout nor a dense bias.
@@ -113,11 +114,11 @@ def attend(
         k_BGKD, v_BGKD = (x.repeat_interleave(H // G, dim=1) for x in (k_BGKD, v_BGKD))
     attn_mask = mask.dense if isinstance(mask, Mask) else None
     is_causal = mask == "causal"
+    Q, K = q_BHQD.shape[2], k_BGKD.shape[2]
+    if is_causal and (Q != K or bias_1HQK is not None):  # the kernel would count the queries from the first key on
+        attn_mask = torch.ones(Q, K, dtype=torch.bool, device=q_BHQD.device).tril(K - Q)
+        is_causal = False
     if bias_1HQK is not None:
-        if is_causal:
-            Q, K = q_BHQD.shape[2], k_BGKD.shape[2]
-            attn_mask = torch.ones(Q, K, dtype=torch.bool, device=q_BHQD.device).tril(K - Q)
-            is_causal = False
         bias = bias_1HQK.to(q_BHQD.dtype)
         attn_mask = bias if attn_mask is None else bias.masked_fill(~attn_mask, float("-inf"))
     return F.scaled_dot_product_attention(
@@ -151,6 +152,7 @@ class KVCache:
             self.keys[layer] = k_BGTD.new_empty(B, G, self.capacity, D)
             self.values[layer] = v_BGTD.new_empty(B, G, self.capacity, D)
         end = self.length + k_BGTD.shape[2]
+        assert end <= self.capacity, f"a cache of {self.capacity} positions cannot hold {end}"
         self.keys[layer][:, :, self.length : end] = k_BGTD
         self.values[layer][:, :, self.length : end] = v_BGTD
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
