@@ -59,4 +59,6 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
         weight_VD: the softmax's matrix.
         targets_N: int64, each in [0, V).
     """
+    if not torch.is_grad_enabled():  # else its forward would make gradients that nobody asked for
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N)
