@@ -24,6 +24,8 @@ class SinusoidalPositions(nn.Module):
         self.register_buffer("table", sinusoids(positions, width), persistent=False)
 
     def forward(self, position_BT: Tensor) -> Tensor:
+        if not position_BT.is_meta and (longest := int(position_BT.max()) + 1) > len(self.table):
+            self.table = sinusoids(longest, self.width).to(self.table)
         return nn.functional.embedding(position_BT, self.table)
 
 
@@ -40,7 +42,7 @@ def rotary_tables(position_BT: Tensor, head_width: int, base: float = 10000.0) -
 
 def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x_i, x_{i + D/2}) by their position's angles."""
-    first, second = x_BHTD.float().chunk(2, dim=-1)
+    first, second = x_BHTD.to(torch.promote_types(x_BHTD.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BHTD.dtype)
 
 

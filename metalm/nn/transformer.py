@@ -39,10 +39,15 @@ class TransformerConfig:
     def __post_init__(self):
         self.kv_heads = self.kv_heads or self.heads
         self.ffn = self.ffn or 4 * self.width
+        for name in ("layers", "width", "heads", "kv_heads", "ffn", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, it must be at least 1")
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.heads % self.kv_heads:
             raise ConfigError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}")
+        if self.positions == "rotary" and self.width // self.heads % 2:
+            raise ConfigError(f"rotary positions need an even head width, not width / heads = {self.width // self.heads}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout {self.dropout} is not in [0, 1)")
 
