@@ -56,9 +56,7 @@ VOCABULARY = 8192
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 
-def build_llava(
-    vision: dict, text: dict, vocab_size: int, image_token: int, tied: bool = False, seed: int = 0
-) -> nn.Module:
+def build_llava(vision: dict, text: dict, vocab_size: int, image_token: int, tied: bool = False, seed: int = 0) -> nn.Module:
     """A randomly initialised `LlavaForConditionalGeneration`: CLIP's ViT, LLaVA's two-layer projector, a Llama.
 
     Args:

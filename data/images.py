@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from metalm.errors import DataError
 def decode_image(encoded: bytes, size: int, interpolation: str = "bicubic") -> Tensor:
     """An encoded picture as uint8 [3, size, size], squashed to the square so that nothing is cut off.
 
+    The camera's orientation mark (EXIF) is obeyed, 16-bit greys are brought to 8 bits, transparency is dropped.
     JPEGs are decoded at the smallest scale (1/1, 1/2, 1/4, 1/8) that still exceeds `size`.
 
     Raises:
@@ -24,9 +26,34 @@ def decode_image(encoded: bytes, size: int, interpolation: str = "bicubic") -> T
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             image.draft("RGB", (size, size))
+            turn = _turn(image)
+            if image.mode.startswith("I;16"):  # Pillow's own conversion would clip these to white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             picture = image.convert("RGB")
         if picture.size != (size, size):
             picture = picture.resize((size, size), getattr(Image.Resampling, interpolation.upper()))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"not a complete picture ({error})") from error
+    if turn is not None:
+        picture = picture.transpose(turn)
     return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).contiguous()
+
+
+def _turn(image):
+    """Pillow's transposition that sets the picture upright, or None; an unreadable mark is as good as none."""
+    from PIL import ExifTags
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    try:
+        return turns.get(image.getexif().get(ExifTags.Base.Orientation))
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error):
+        return None

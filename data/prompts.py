@@ -133,6 +133,8 @@ def vqa(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Do
     if not sample.questions:
         raise DataError(f"sample {sample.key!r}: the task vqa needs questions")
     for question in sample.questions:
+        if not (question.answers or question.soft_answers):
+            raise DataError(f"sample {sample.key!r}: question {question.id!r} has no answer to train on")
         query = question_query(interface, sample, question)
         yield Document(interface.answer(query, question.best_answer), f"{sample.key}/{question.id}")
 

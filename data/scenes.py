@@ -140,7 +140,7 @@ def listing(scene: Scene, rng: random.Random) -> str:
         place = f" in the {thing.place}" if rng.random() < 0.5 else ""
         parts.append(f"{with_article(size + thing.name)}{place}")
     text = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-    return rng.choice(("{}", "there is {}", "a picture of {}", "we see {}")).format(text) + "."
+    return rng.choice(("{}", "there is {}", "a picture of {}", "we see {}")).format(text)
 
 
 @dataclass(frozen=True)
@@ -153,13 +153,15 @@ class Fact:
     answer: str
 
     def statement(self, rng: random.Random) -> str:
-        return f"{rng.choice(self.statements)} {self.answer}."
+        return f"{rng.choice(self.statements)} {self.answer}"
 
 
 def facts(scene: Scene, rng: random.Random) -> list[Fact]:
-    """All that can be stated or asked unambiguously of a scene, a "no" for each "yes"."""
-    found = [*_attributes(scene), *_counts(scene), *_existence(scene, rng), *_relations(scene)]
-    return rng.sample(found, len(found))
+    """One fact of every type that the scene has, in random order, so that all types are about as frequent."""
+    found: dict[str, list[Fact]] = {}
+    for fact in (*_attributes(scene), *_counts(scene), *_existence(scene, rng), *_relations(scene)):
+        found.setdefault(fact.type, []).append(fact)
+    return [rng.choice(found[name]) for name in rng.sample(list(found), len(found))]
 
 
 def _unique(scene: Scene, attribute: Callable[[Thing], str]) -> list[Thing]:
@@ -213,14 +215,13 @@ def _relations(scene: Scene) -> Iterator[Fact]:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A caption of pretraining: a listing, statements, or both in either order."""
-    statements = [fact.statement(rng) for fact in facts(scene, rng)[: rng.randint(2, 5)]]
+    """A caption of pretraining: a statement, a listing, or a listing with a statement."""
     form = rng.random()
-    if form < 0.2:
+    if form < 0.65:
+        return facts(scene, rng)[0].statement(rng)
+    if form < 0.85:
         return listing(scene, rng)
-    if form < 0.35:
-        return " ".join([listing(scene, rng), *statements[:3]])
-    return " ".join(statements)
+    return f"{listing(scene, rng)}, {facts(scene, rng)[0].statement(rng)}"
 
 
 def canonical_caption(scene: Scene) -> str:
@@ -231,7 +232,11 @@ def canonical_caption(scene: Scene) -> str:
 
 def full_description(scene: Scene, rng: random.Random) -> str:
     """Every thing with all its attributes: what a question on text can be answered from."""
-    forms = ("a {t.size} {t.name} in the {t.place}", "in the {t.place} a {t.size} {t.name}", "{t.name}, {t.size}, {t.place}")
+    forms = (
+        "a {t.size} {t.name} in the {t.place}",
+        "in the {t.place} a {t.size} {t.name}",
+        "{t.name}, {t.size}, {t.place}",
+    )
     return " ".join(rng.choice(forms).format(t=thing) + "." for thing in rng.sample(scene, len(scene)))
 
 
@@ -239,13 +244,10 @@ def full_description(scene: Scene, rng: random.Random) -> str:
 
 
 def ask(scene: Scene, rng: random.Random, number: int) -> list[Question]:
-    """Up to `number` questions, of different types as far as there are, so that the types are about as frequent."""
-    by_type: dict[str, list[Fact]] = {}
-    for fact in facts(scene, rng):
-        by_type.setdefault(fact.type, []).append(fact)
-    chosen = [rng.choice(found) for found in rng.sample(list(by_type.values()), len(by_type))][:number]
+    """Up to `number` questions, each of another type."""
     return [
-        Question(str(i), rng.choice(fact.questions), [fact.answer], type=fact.type) for i, fact in enumerate(chosen)
+        Question(str(i), rng.choice(fact.questions), [fact.answer], type=fact.type)
+        for i, fact in enumerate(facts(scene, rng)[:number])
     ]
 
 
@@ -253,7 +255,7 @@ def image_samples(seed: int, count: int) -> Iterator[Sample]:
     for i in range(count):
         rng = random.Random(f"images {seed} {i}")
         scene = random_scene(rng, held_out=False)
-        yield Sample(f"image-{i:06d}", draw(scene, rng), captions=[caption(scene, rng) for _ in range(3)])
+        yield Sample(f"image-{i:06d}", draw(scene, rng), captions=[caption(scene, rng) for _ in range(5)])
 
 
 def text_samples(seed: int, count: int) -> Iterator[Sample]:
@@ -262,8 +264,7 @@ def text_samples(seed: int, count: int) -> Iterator[Sample]:
         rng = random.Random(f"text {seed} {i}")
         scene = random_scene(rng, held_out=None)
         description = full_description(scene, rng)
-        statements = [fact.statement(rng) for fact in facts(scene, rng)[: rng.randint(2, 5)]]
-        yield Sample(f"text-{i:06d}", text=" ".join([description, *statements]))
+        yield Sample(f"text-{i:06d}", text=f"{description} {facts(scene, rng)[0].statement(rng)}")
 
 
 def question_samples(seed: int, count: int) -> Iterator[Sample]:

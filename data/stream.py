@@ -147,7 +147,17 @@ class PackedStream(IterableDataset):
     def make_sources(self, reader: int, readers: int) -> list[Source]:
         return [Source(config, self.seed, reader, readers, self.repeat) for config in self.sources]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | DataError]:
+        """The batches; in a worker process an error is handed over as an item, since raising would wrap it in a traceback."""
+        if get_worker_info() is None:
+            yield from self.batches()
+            return
+        try:
+            yield from self.batches()
+        except DataError as error:
+            yield error
+
+    def batches(self) -> Iterator[Batch]:
         worker = get_worker_info()
         workers, slot = (worker.num_workers, worker.id) if worker else (1, 0)
         slot = (slot + self.first_slot) % workers
@@ -195,6 +205,10 @@ class PackedStream(IterableDataset):
                     documents += self.lay_out(i, sample, sources[i].position.epoch)
                 except DataError as error:
                     messages.append(str(error))
+                # In a block that is read again (skip), these are counted already.
+                self.check_broken(broken + (0 if skip else len(messages)), messages)
+            if not documents and messages and block == 0:
+                raise DataError(f"not one document came of the data; the last error: {messages[-1]}")
             rows = pack([len(document) for document in documents], self.config.row_length)
             rng.shuffle(rows)
             for r, members in enumerate(rows):
@@ -208,16 +222,19 @@ class PackedStream(IterableDataset):
                     except DataError as error:
                         messages.append(f"sample {documents[n].key!r}: {error}")
                 broken += len(messages)
-                if broken > self.config.max_broken:
-                    last = "\n  ".join(messages[-3:])
-                    raise DataError(
-                        f"{broken} broken samples, more than data.max_broken={self.config.max_broken}; the last:\n  {last}\n"
-                        "find them with `metalm data check`, or raise data.max_broken"
-                    )
+                self.check_broken(broken, messages)
                 after = {"block": block, "row": r + 1, "positions": positions, "broken": broken}
                 yield row, {"reader": reader, **after}, messages
                 messages = []
             block, skip = block + 1, 0
+
+    def check_broken(self, broken: int, messages: list[str]) -> None:
+        if broken > self.config.max_broken:
+            last = "\n  ".join(messages[-3:])
+            raise DataError(
+                f"{broken} broken samples, more than data.max_broken={self.config.max_broken}; the last:\n  {last}\n"
+                "find them with `metalm data check`, or raise data.max_broken"
+            )
 
     def lay_out(self, i: int, sample: Sample, epoch: int) -> list[Document]:
         """The sample's documents; chance depends on seed, epoch and key alone, not on who reads it."""
@@ -235,7 +252,8 @@ class PackedStream(IterableDataset):
 class Loader:
     """Iterates a stream's batches in worker processes and knows its state after each.
 
-    `state_dict` is of the batches handed out, not of those the workers have prepared ahead.
+    `state_dict` is of the batches handed out, not of those the workers have prepared ahead. A second iteration goes on
+    there; that of a stream which does not repeat starts over.
     """
 
     def __init__(self, stream: PackedStream, pin_memory: bool = False):
@@ -245,6 +263,8 @@ class Loader:
         self.pin_memory = pin_memory
 
     def __iter__(self) -> Iterator[Batch]:
+        # The next batch is due from the worker after the last one's.
+        self.stream.first_slot = self.handed_out % max(self.workers, 1)
         loader = DataLoader(
             self.stream,
             batch_size=None,
@@ -253,26 +273,41 @@ class Loader:
             pin_memory=self.pin_memory and torch.cuda.is_available(),
         )
         for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
             self.handed_out += 1
             state = dict(batch.state)
-            self.stream.states[state.pop("reader")] = state
+            reader = state.pop("reader")
+            if self.stream.repeat:
+                self.stream.states[reader] = state
             yield batch
 
+    def division(self) -> dict:
+        """What decides which reader gets which samples and how it blocks and packs them."""
+        stream, config = self.stream, self.stream.config
+        return {
+            "training.seed": stream.seed,
+            "number of processes": stream.world,
+            "data.workers": self.workers,
+            "data.block": config.block,
+            "data.row_length": config.row_length,
+            "number of shards by source": [len(source.shards) for source in stream.make_sources(0, 1)],
+        }
+
     def state_dict(self) -> dict:
-        return {"handed_out": self.handed_out, "workers": self.workers, "readers": dict(self.stream.states)}
+        return {"handed_out": self.handed_out, "division": self.division(), "readers": dict(self.stream.states)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state_dict` was taken; the number of workers must be the same.
+        """Goes on where `state_dict` was taken, by as many readers of as many shards.
 
         Raises:
-            ConfigError: it is not.
+            ConfigError: the samples are now divided in another way, so that some would come twice and others never.
         """
-        if state["workers"] != self.workers:
-            raise ConfigError(
-                f"the run was saved with data.workers={state['workers']}, now {self.workers}: shards were divided among "
-                "them, so resume with the same number"
-            )
+        for name, now in self.division().items():
+            if state["division"][name] != now:
+                raise ConfigError(
+                    f"the run was saved with {name} = {state['division'][name]}, now it is {now}: that divides the samples "
+                    "in another way, so resume with the same, or begin a new run with init_from"
+                )
         self.handed_out = state["handed_out"]
         self.stream.states = {int(reader): dict(s) for reader, s in state["readers"].items()}
-        # The next batch is due from the worker after the last one's.
-        self.stream.first_slot = self.handed_out % max(self.workers, 1)

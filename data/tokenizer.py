@@ -27,6 +27,8 @@ class Tokenizer:
     def __init__(self, backend):
         """Args: backend: a `tokenizers.Tokenizer`."""
         self.backend = backend
+        backend.no_truncation()  # some published files cut or pad every text
+        backend.no_padding()
         self.size = max(backend.get_vocab().values()) + 1
         self.end = self._special(END, "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
         self.start = self._special(START, "<|startoftext|>", "<|begin_of_text|>", "<bos>", "[CLS]", default=self.end)
@@ -72,7 +74,7 @@ class Tokenizer:
 
         try:
             return cls(AutoTokenizer.from_pretrained(str(name)).backend_tokenizer)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"tokenizer {str(name)!r}: no such file, and not on the Hub ({reason})") from error
 

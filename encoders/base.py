@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from metalm.connectors import CONNECTORS
 from metalm.config import plugin
+from metalm.connectors import CONNECTORS
 from metalm.nn.freezing import Trainable
 from metalm.nn.packing import pack
 

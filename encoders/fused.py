@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from metalm.data.images import decode_image
 from metalm.encoders.base import Collated, Encoder, EncoderConfig, Processor, pack_spans
+from metalm.encoders.text import check_room
 from metalm.errors import ConfigError
 from metalm.nn.attention import Mask, same_document
 from metalm.nn.transformer import MLP, Attention, TransformerConfig, init_weights, make_norm, scale_residuals
@@ -56,7 +57,7 @@ class FusedProcessor(Processor):
     reads = frozenset({"image", "text"})
 
     def num_states(self, inputs: dict) -> int:
-        return (self.num_patches if "image" in inputs else 0) + len(inputs.get("tokens", ()))
+        return (self.num_patches if "image" in inputs else 0) + check_room(len(inputs.get("tokens", ())), self.max_positions)
 
     def load(self, inputs: dict) -> dict:
         if "image" not in inputs:

@@ -39,12 +39,25 @@ class ImageProcessor(Processor):
 class ImageTower(Encoder):
     """What the towers of both libraries share: uint8 in, normalised on the device, patch states out."""
 
+    name: str
+    processor: ImageProcessor
+
     def set_pixel_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.register_buffer("pixel_mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", 255 * torch.tensor(std)[:, None, None], persistent=False)
 
     def normalize(self, pixels_N3HW: Tensor) -> Tensor:
         return (pixels_N3HW.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+
+    def checked(self, states_NPD: Tensor) -> Tensor:
+        """The states, if they are one a patch: a tower that pools them would be read at the wrong places."""
+        expected = (self.processor.num_patches, self.width)
+        if states_NPD.shape[1:] != expected:
+            raise ConfigError(
+                f"{self.name!r} gives states of shape {tuple(states_NPD.shape[1:])} a picture, not one for each of its "
+                f"patches {expected}: take a plain ViT, DeiT, BEiT or EVA"
+            )
+        return states_NPD
 
 
 @dataclass(kw_only=True)
@@ -69,17 +82,25 @@ class TimmEncoder(ImageTower):
         super().__init__()
         import timm
 
+        self.name = config.name
+        architecture = config.name.split(".")[0]
+        if "/" not in config.name and not timm.is_model(architecture):
+            raise ConfigError(f"timm has no model {architecture!r}{did_you_mean(architecture, timm.list_models())}")
         arguments = dict(config.arguments or {})
         if config.image_size:
             arguments["img_size"] = config.image_size
         try:
             self.model = timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **arguments)
-        except RuntimeError as error:
-            raise ConfigError(f"timm: {error}{did_you_mean(config.name.split('.')[0], timm.list_models())}") from error
         except TypeError as error:
             raise ConfigError(f"timm model {config.name!r} does not take these arguments: {error}") from error
-        if not hasattr(self.model, "patch_embed") or not hasattr(self.model, "blocks"):
+        except (RuntimeError, OSError, ValueError, AssertionError) as error:
+            reason = str(error) or f"{type(error).__name__}, {arguments}"
+            raise ConfigError(f"timm model {config.name!r} cannot be made: {reason}") from error
+        if not hasattr(getattr(self.model, "patch_embed", None), "num_patches") or not hasattr(self.model, "blocks"):
             raise ConfigError(f"timm model {config.name!r} gives no patch states; take a ViT, DeiT, BEiT or EVA")
+        # What pools the patch states has no part in this, and would count as trained.
+        self.model.reset_classifier(0, "")
+        self.model.fc_norm = nn.Identity()
         data = timm.data.resolve_model_data_config(self.model)
         self.width = self.model.num_features
         self.skip = getattr(self.model, "num_prefix_tokens", 0)
@@ -88,12 +109,11 @@ class TimmEncoder(ImageTower):
         self.processor = ImageProcessor(size, self.model.patch_embed.num_patches, data["interpolation"])
 
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
-        return self.model.forward_features(self.normalize(pixels_N3HW))[:, self.skip :]
+        return self.checked(self.model.forward_features(self.normalize(pixels_N3HW))[:, self.skip :])
 
     def layers(self) -> list[nn.Module]:
         blocks = self.model.blocks
-        norms = [m for m in (getattr(self.model, "norm", None), getattr(self.model, "fc_norm", None)) if m is not None]
-        return [*blocks[:-1], nn.ModuleList([blocks[-1], *norms])]
+        return [*blocks[:-1], nn.ModuleList([blocks[-1], self.model.norm])]
 
 
 @dataclass(kw_only=True)
@@ -117,8 +137,14 @@ class OpenClipEncoder(ImageTower):
         names = open_clip.list_models()
         if config.name not in names:
             raise ConfigError(f"open_clip has no model {config.name!r}{did_you_mean(config.name, names)}")
+        self.name = config.name
         size = {"force_image_size": config.image_size} if config.image_size else {}
-        visual = open_clip.create_model(config.name, pretrained=config.pretrained or None, **size).visual
+        try:
+            visual = open_clip.create_model(
+                config.name, pretrained=config.pretrained or None, device=torch.get_default_device(), **size
+            ).visual
+        except (RuntimeError, OSError, ValueError) as error:
+            raise ConfigError(f"open_clip model {config.name!r} cannot be made: {error}") from error
         if not isinstance(visual, open_clip.transformer.VisionTransformer):
             raise ConfigError(f"open_clip tower {config.name!r} is no plain ViT; for timm towers use type: timm")
         visual.output_tokens = True
@@ -130,7 +156,7 @@ class OpenClipEncoder(ImageTower):
         self.processor = ImageProcessor(visual.image_size[0], num_patches, visual.preprocess_cfg["interpolation"])
 
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
-        return self.model(self.normalize(pixels_N3HW))[1]
+        return self.checked(self.model(self.normalize(pixels_N3HW))[1])
 
     def layers(self) -> list[nn.Module]:
         blocks = self.model.transformer.resblocks

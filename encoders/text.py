@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metalm.encoders.base import Collated, Encoder, EncoderConfig, Processor, pack_spans
-from metalm.errors import ConfigError
+from metalm.errors import ConfigError, DataError
 from metalm.nn.attention import Mask, same_document
 from metalm.nn.transformer import Transformer, TransformerConfig, init_weights
 
@@ -32,7 +32,7 @@ class TextProcessor(Processor):
     reads = frozenset({"text"})
 
     def num_states(self, inputs: dict) -> int:
-        return len(inputs["tokens"])
+        return check_room(len(inputs["tokens"]), self.max_positions)
 
     def load(self, inputs: dict) -> dict:
         return inputs
@@ -47,6 +47,13 @@ class TextProcessor(Processor):
 
     def blank(self) -> dict:
         return {"tokens": [0]}
+
+
+def check_room(tokens: int, max_positions: int) -> int:
+    """The number of tokens; raises `DataError` where the encoder has no positions for them."""
+    if tokens > max_positions:
+        raise DataError(f"a text of {tokens:,} tokens does not fit the encoder's max_positions={max_positions}")
+    return tokens
 
 
 class TextEncoder(Encoder):

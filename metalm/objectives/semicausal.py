@@ -35,21 +35,22 @@ def sample_spans(length: int, config: SemiCausalConfig, rng: random.Random) -> l
     """Disjoint half-open spans (s, e) with 1 <= s < e <= length - 1, in order; they never touch.
 
     The first token stays outside so that something predicts a span's first token, and the last so that something follows.
-    Their total is round(ratio x length), of which the last span takes what is left, if that is at least half of
-    `min_length`. In a document shorter than min_length / ratio there is one span of ratio x length tokens.
+    Their total is round(ratio x length), exactly: lengths are uniform among those that leave either nothing or room for
+    another span. Only where no such length exists is the last span shorter than `min_length`: in a document shorter than
+    min_length / ratio, which gets one span of ratio x length tokens, or where max_length < 2 x min_length. Spans for which
+    a large ratio leaves no gap are dropped.
     """
     budget = round(config.ratio * length)
     lengths: list[int] = []
-    while budget >= config.min_length:
-        lengths.append(min(rng.randint(config.min_length, config.max_length), budget))
+    while budget:
+        choices = range(config.min_length, min(config.max_length, budget) + 1)
+        exact = [n for n in choices if budget - n == 0 or budget - n >= config.min_length]
+        lengths.append(rng.choice(exact) if exact else min(config.max_length, budget))
         budget -= lengths[-1]
-    if budget and (not lengths or budget >= config.min_length / 2):
-        lengths.append(budget)
     rng.shuffle(lengths)
     # Gaps between spans hold at least one token: draw where the remaining free tokens go.
-    free = length - sum(lengths) - (len(lengths) + 1)
-    if free < 0 or not lengths:
-        return []
+    while lengths and (free := length - sum(lengths) - (len(lengths) + 1)) < 0:
+        lengths.pop()
     cuts = sorted(rng.randint(0, free) for _ in lengths)
     spans, shift = [], 1
     for cut, span in zip(cuts, lengths):

@@ -1,7 +1,7 @@
 """Checkpoints that are either whole or not there: DeepSpeed's state, where each data reader stands, and random numbers.
 
-    RUN/checkpoints/step-000500/   written under a temporary name, renamed when every rank is done
-    RUN/export/                    weights for use: safetensors + config.json + tokenizer.json
+RUN/checkpoints/step-000500/   written under a temporary name, renamed when every rank is done
+RUN/export/                    weights for use: safetensors + config.json + tokenizer.json
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ class RunConfig:
     """A run: `metalm train CONFIG.yaml key=value …`.
 
     `init_from` starts from another run's export: its model and tokenizer are taken over, and `model` need only hold what
-    differs (which layers train, say). `variables` are there to be referred to, as `${variables.name}`. With `resume: auto` a run that was stopped goes on where its last checkpoint was.
+    differs (which layers train, say). `variables` are there to be referred to, as `${variables.name}`. With `resume: auto` a
+    run that was stopped goes on where its last checkpoint was.
     """
 
     out: str

@@ -75,7 +75,9 @@ def deepspeed_config(config: TrainingConfig, rows: int) -> dict:
         path = bundled / f"{config.deepspeed}.json"
     if not path.is_file():
         names = sorted(p.stem for p in bundled.glob("*.json"))
-        raise ConfigError(f"training.deepspeed: no file or bundled name {config.deepspeed!r}{did_you_mean(config.deepspeed, names)}")
+        raise ConfigError(
+            f"training.deepspeed: no file or bundled name {config.deepspeed!r}{did_you_mean(config.deepspeed, names)}"
+        )
     try:
         given = json.loads(path.read_text())
     except ValueError as error:
@@ -163,7 +165,9 @@ def full_weights(engine) -> dict[str, Tensor]:
     if partitioned:
         import deepspeed
     for name, tensor in module.state_dict(keep_vars=True).items():
-        gather = deepspeed.zero.GatheredParameters([tensor]) if partitioned and hasattr(tensor, "ds_id") else nullcontext()
+        gather = (
+            deepspeed.zero.GatheredParameters([tensor]) if partitioned and hasattr(tensor, "ds_id") else nullcontext()
+        )
         with gather:
             if dist.get_rank() == 0:
                 weights[name] = tensor.detach().cpu().clone()

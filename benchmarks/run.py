@@ -1,0 +1,72 @@
+"""All benchmarks: a table of ratios against peers measured in the same run, and `runs/bench/results.json`.
+
+    python -m benchmarks.run [--rounds 5]           # or `make bench`
+
+results.json is a list of {name, value, unit, peer, at_least}: `value` is METALM's figure over the peer's where the unit is
+"x", and `at_least` the bar it should reach (null: none). A ratio below its bar is marked, and is no failure of the run:
+machines differ, and a shared one is noisy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import train_step
+
+OUT = Path("runs/bench/results.json")
+LLAVA = "transformers LlavaForConditionalGeneration"
+
+
+def training(rounds: int) -> list[dict]:
+    """Training positions/s against LLaVA: a fixed batch, and captions as they come."""
+    measured = train_step.measure(rounds)
+    results = []
+    for name, result in measured.items():
+        results += [
+            entry(f"train_step/{name}", result["ratio"], "x", LLAVA, at_least=1.0),
+            entry(f"train_step/{name}/processor_time", result["cpu_ratio"], "x", LLAVA),
+            entry(f"train_step/{name}/metalm", result["metalm"], "useful positions/s"),
+            entry(f"train_step/{name}/peer", result["peer"], "useful positions/s", LLAVA),
+        ]
+    return results
+
+
+def entry(name: str, value: float, unit: str, peer: str = "", at_least: float | None = None) -> dict:
+    return {"name": name, "value": value, "unit": unit, "peer": peer, "at_least": at_least}
+
+
+def table(results: list[dict]) -> Table:
+    out = Table("benchmark", "value", "unit", "at least", "", "peer", title=f"{torch.get_num_threads()} threads")
+    for result in results:
+        bar = result["at_least"]
+        verdict = "" if bar is None else "[green]reached" if result["value"] >= bar else "[red]below"
+        value = f"{result['value']:,.2f}" if result["unit"] == "x" else f"{result['value']:,.0f}"
+        out.add_row(result["name"], value, result["unit"], "" if bar is None else f"{bar:.2f}", verdict, result["peer"])
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="of both sides; 0: torch's default")
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    results = training(arguments.rounds)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(results, indent=1))
+    console = Console()
+    console.print(table(results))
+    below = [result["name"] for result in results if result["at_least"] and result["value"] < result["at_least"]]
+    console.print(f"below the bar: {', '.join(below)}" if below else "all bars reached")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The LLaVA peer: its size, what its loss is on, and that it and METALM are given the same positions."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import train_step
+from benchmarks.mixed_precision import MasterAdamW
+from benchmarks.peer_llava import TEXT, VISION, VOCABULARY, Captioner, build_llava, captions, num_parameters, train
+from metalm.data.sample import Sample
+from metalm.data.tokenizer import Tokenizer
+from metalm.segments import IGNORE
+
+TINY_VISION = VISION | {"hidden_size": 24, "num_hidden_layers": 1, "intermediate_size": 48, "image_size": 32}
+TINY_TEXT = TEXT | {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def picture(colour: str) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (40, 30), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return [Sample(colour, picture(colour), [f"a {colour} wall", f"the wall is {colour} ."]) for colour in ("red", "blue")]
+
+
+@pytest.fixture(scope="module")
+def captioner(samples) -> Captioner:
+    return Captioner(Tokenizer.train([c for s in samples for c in s.captions], 300), image_size=32, num_patches=4)
+
+
+@pytest.fixture
+def tiny(captioner) -> torch.nn.Module:
+    return build_llava(TINY_VISION, TINY_TEXT, captioner.vocab_size, captioner.image_token).bfloat16()
+
+
+@pytest.mark.parametrize(("tied", "millions"), [(False, 36.9), (True, 32.7)])
+def test_the_37M_shape(tied, millions):
+    with torch.device("meta"):
+        model = build_llava(VISION, TEXT, VOCABULARY, VOCABULARY - 1, tied)
+    assert num_parameters(model) == pytest.approx(1e6 * millions, abs=5e4)
+
+
+def test_metalm_has_the_same_shape():
+    with torch.device("meta"):
+        peer = build_llava(VISION, TEXT, VOCABULARY, VOCABULARY - 1, tied=True)
+    assert num_parameters(train_step.build_metalm()) == pytest.approx(num_parameters(peer), rel=1e-4)
+
+
+def test_loss_is_on_the_caption_and_its_end_alone(captioner, samples):
+    inputs = captioner.collate(samples, ["a red wall", "the wall is blue ."], "caption:")
+    tokenizer = captioner.tokenizer
+    for b, caption in enumerate((" a red wall", " the wall is blue .")):
+        labels = inputs["labels"][b]
+        assert labels[labels != IGNORE].tolist() == [*tokenizer.encode(caption), tokenizer.end]
+        ids = inputs["input_ids"][b][inputs["attention_mask"][b].bool()]
+        prompt = [tokenizer.start, *[captioner.image_token] * 4, *tokenizer.encode("caption:")]
+        assert ids.tolist() == [*prompt, *tokenizer.encode(caption), tokenizer.end]
+        assert (labels[: len(prompt)] == IGNORE).all()
+    assert inputs["pixel_values"].shape == (2, 3, 32, 32)
+
+
+def test_it_learns_to_tell_two_pictures_and_blind_it_cannot(captioner, samples, tiny):
+    samples = [Sample(s.key, s.image, s.captions[:1]) for s in samples]
+    result = train(tiny, captioner, samples, "caption:", steps=80, lr=1e-2, batch=2, warmup=5)
+    assert result["samples_seen"] == 160 and result["loss"] < 1
+    assert captions(tiny, captioner, samples, "caption:", 2) == {"red": "a red wall", "blue": "a blue wall"}
+    blind = captions(tiny, captioner, samples, "caption:", 2, blank=True)
+    assert blind["red"] == blind["blue"]
+
+
+def test_both_sides_get_the_same_documents():
+    documents = train_step.random_documents([5, 9, 7])
+    model = train_step.build_metalm()
+    batch = train_step.packed(model, documents, row_length=256, rows=8)
+    inputs = train_step.padded(documents)
+    targets = sorted(batch.targets_BT[batch.targets_BT != IGNORE].tolist())
+    assert targets == sorted(inputs["labels"][inputs["labels"] != IGNORE].tolist())
+    assert batch.num_positions == inputs["attention_mask"].sum() == 3 * 64 + 21
+
+
+def test_small_updates_are_not_lost_in_bfloat16():
+    model = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    torch.nn.init.ones_(model.weight)
+    optimizer = MasterAdamW(model, lr=1e-4)
+    for _ in range(100):  # one update of 1e-4 vanishes beside 1 in bfloat16, a hundred do not
+        model(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+    assert model.weight.item() == pytest.approx(0.99, abs=4e-3)
