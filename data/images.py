@@ -26,6 +26,7 @@ def decode_image(encoded: bytes, size: int, interpolation: str = "bicubic") -> T
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             image.draft("RGB", (size, size))
+            image.load()  # before the mark is looked for, which would hide the error of a truncated PNG
             turn = _turn(image)
             if image.mode.startswith("I;16"):  # Pillow's own conversion would clip these to white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
