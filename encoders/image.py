@@ -84,7 +84,7 @@ class TimmEncoder(ImageTower):
 
         self.name = config.name
         architecture = config.name.split(".")[0]
-        if "/" not in config.name and not timm.is_model(architecture):
+        if not set(":/") & set(config.name) and not timm.is_model(architecture):  # hf-hub:… and local-dir:… are others
             raise ConfigError(f"timm has no model {architecture!r}{did_you_mean(architecture, timm.list_models())}")
         arguments = dict(config.arguments or {})
         if config.image_size:
