@@ -168,7 +168,7 @@ def beam_search(model: MetaLM, prompts: Sequence[Document], end: int, config: Ge
         decoding.step(torch.tensor(tokens, device=device))
     for n in range(N):  # beams cut off by the length limit compete as they are
         for score, text in zip(scores_NW[n].tolist(), texts[n]):
-            if len(ended[n]) < W and score > float("-inf"):
+            if score > float("-inf"):
                 ended[n].append((score / len(text) ** config.length_penalty, text))
     return [max(found, key=lambda pair: pair[0])[1] for found in ended]
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from metalm.training.engine import free_port
-
 WORKER = Path(__file__).with_name("zero_worker.py")
 STAGES = ("zero0", "zero1", "zero2", "zero3")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def launch(world: int, out: Path, stages: tuple[str, ...]) -> dict:

@@ -1,0 +1,137 @@
+"""Generation: a cache changes nothing, a batch changes nothing, and beam search finds what brute force finds."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from metalm.config import build
+from metalm.data.prompts import Interface
+from metalm.errors import ConfigError
+from metalm.inference.generate import GenerationConfig, generate
+from metalm.model import MetaLM, MetaLMConfig
+from metalm.segments import Document, Text, load_spans, make_batch
+
+END = 0
+
+
+def tiny_model(vocab_size: int, **decoder) -> MetaLM:
+    torch.manual_seed(0)
+    text = {"type": "text", "layers": 1, "width": 16, "heads": 2, "vocab_size": vocab_size, "connector": {"type": "linear"}}
+    values = {
+        "decoder": {"layers": 2, "width": 32, "heads": 4, "vocab_size": vocab_size, **decoder},
+        "encoders": {"text": text},
+    }
+    model = MetaLM(build(MetaLMConfig, values, "test")).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from uniform predictions
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@pytest.fixture(scope="module", params=["sinusoidal", "rotary"])
+def model(request) -> MetaLM:
+    return tiny_model(30, positions=request.param, kv_heads=2)
+
+
+def prompts(model: MetaLM) -> list[Document]:
+    """Unequal prompts: text alone, a span alone, both."""
+    interface = Interface(None, model.processors, {"text": model.config.encoders["text"].connector}, 64)
+    return [
+        Document([Text([5, 6, 7, 8, 9, 10, 11], target=False)]),
+        Document([interface.read_tokens([3, 4])]),
+        Document([Text([1], target=False), interface.read_tokens([12, 13, 14]), Text([2], target=False)]),
+    ]
+
+
+def greedy_without_cache(model: MetaLM, prompt: Document, length: int) -> list[int]:
+    """The obvious reference: the whole document anew for each token."""
+    tokens: list[int] = []
+    while len(tokens) < length:
+        document = load_spans(Document([*prompt.segments, Text(tokens)]), model.processors)
+        hidden = model.hidden(make_batch([[document]], model.processors))
+        token = int(model.decoder.logits(hidden[0, -1]).argmax())
+        if token == END:
+            break
+        tokens.append(token)
+    return tokens
+
+
+@torch.inference_mode()
+def test_greedy_with_cache_in_a_batch_of_unequal_prompts_equals_one_by_one_without(model):
+    expected = [greedy_without_cache(model, prompt, 12) for prompt in prompts(model)]
+    assert generate(model, prompts(model), END, GenerationConfig(12)) == expected
+    assert len({tuple(tokens) for tokens in expected}) == 3
+
+
+@torch.inference_mode()
+def test_logits_with_cache_equal_those_without_to_rounding(model):
+    from metalm.inference.generate import Decoding
+
+    continuation = torch.tensor([[4, 9], [17, 2], [8, 8]])
+    decoding = Decoding(model, prompts(model), 1, 3)
+    for t, tokens_B in enumerate(continuation.T):
+        decoding.step(tokens_B)
+        for b, prompt in enumerate(prompts(model)):
+            document = load_spans(Document([*prompt.segments, Text(continuation[b, : t + 1].tolist())]), model.processors)
+            hidden = model.hidden(make_batch([[document]], model.processors))
+            logits = model.decoder.logits(hidden[0, -1]).float()
+            torch.testing.assert_close(decoding.logits_BV[b], logits, rtol=1e-5, atol=1e-5)
+
+
+def test_sampling_depends_on_the_seed_but_not_on_the_batch(model):
+    config = GenerationConfig(10, temperature=1.0, top_p=0.9, seed=7)
+    together = generate(model, prompts(model), END, config)
+    alone = [generate(model, [prompt], END, config)[0] for prompt in prompts(model)]
+    assert together == alone
+    other = generate(model, prompts(model), END, GenerationConfig(10, temperature=1.0, top_p=0.9, seed=8))
+    assert together != other
+
+
+def test_sampling_from_a_tiny_nucleus_is_greedy(model):
+    config = GenerationConfig(8, temperature=1.0, top_p=1e-6)
+    assert generate(model, prompts(model), END, config) == generate(model, prompts(model), END, GenerationConfig(8))
+
+
+def score(model: MetaLM, prompt: Document, tokens: list[int]) -> float:
+    """The log-probability of a continuation, in one pass."""
+    document = load_spans(Document([*prompt.segments, Text(tokens)]), model.processors)
+    hidden = model.hidden(make_batch([[document]], model.processors))[0]
+    logp = model.decoder.logits(hidden).float().log_softmax(-1)
+    start = len(prompt) - 1
+    return float(sum(logp[start + i, token] for i, token in enumerate(tokens)))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+def test_a_wide_beam_finds_the_best_of_all_continuations(length_penalty):
+    model = tiny_model(5)
+    config = GenerationConfig(3, num_beams=64, length_penalty=length_penalty)
+    found = generate(model, prompts_small(model), END, config)
+    for prompt, tokens in zip(prompts_small(model), found):
+        candidates = []
+        for length in range(4):
+            for text in itertools.product(range(1, 5), repeat=length):
+                ends = [[*text, END]] if length < 3 else [list(text)]
+                candidates += [(score(model, prompt, t) / len(t) ** length_penalty, list(text)) for t in ends]
+        assert tokens == max(candidates)[1]
+
+
+def prompts_small(model: MetaLM) -> list[Document]:
+    interface = Interface(None, model.processors, {"text": model.config.encoders["text"].connector}, 64)
+    return [Document([Text([1, 2], target=False)]), Document([interface.read_tokens([3, 4, 1])])]
+
+
+def test_one_beam_more_or_less_does_not_depend_on_the_batch(model):
+    config = GenerationConfig(10, num_beams=3)
+    together = generate(model, prompts(model), END, config)
+    assert together == [generate(model, [prompt], END, config)[0] for prompt in prompts(model)]
+
+
+def test_settings_that_cannot_work_are_refused(model):
+    with pytest.raises(ConfigError, match="beam search does not sample"):
+        GenerationConfig(num_beams=2, temperature=1.0)
+    with pytest.raises(ConfigError, match="empty prompt"):
+        generate(model, [Document([])], END)

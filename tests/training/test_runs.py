@@ -1,0 +1,166 @@
+"""`metalm train`: runs survive being stopped, resume exactly, fine-tune, and say what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from metalm.data.sample import Sample
+from metalm.data.shards import write_shards
+from metalm.errors import CheckpointError, ConfigError, DataError, TrainingError
+from metalm.pretrained import load_pretrained
+from metalm.training.checkpoint import checkpoints
+from metalm.training.config import load_run_config
+from metalm.training.loop import train
+
+
+def losses(run: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def start(tiny_yaml: Path, *overrides: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "metalm", "train", str(tiny_yaml), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_yaml, tmp_path_factory) -> Path:
+    """A run of six steps, never stopped."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(load_run_config(tiny_yaml, [f"out={out}"]))
+    return out
+
+
+def test_a_run_leaves_config_metrics_tokenizer_checkpoints_and_export(finished):
+    assert (finished / "config.yaml").is_file()
+    assert sorted(losses(finished)) == [1, 2, 3, 4, 5, 6]
+    assert [p.name for p in checkpoints(finished)] == ["step-000004", "step-000006"]
+    assert {p.name for p in (finished / "export").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_a_resumed_run_sees_the_same_samples_and_gives_the_same_losses(tiny_yaml, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "checkpoints" / "step-000006")
+    (out / "metrics.jsonl").unlink()
+    train(load_run_config(tiny_yaml, [f"out={out}"]))
+    assert losses(out) == {step: loss for step, loss in losses(finished).items() if step > 4}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(tiny_yaml, finished, tmp_path, number):
+    out = tmp_path / "run"
+    many = ["training.steps=5000", "training.checkpoint_every=0", "training.schedule=constant", f"out={out}"]
+    process = start(tiny_yaml, *many)
+    while process.poll() is None and not (out / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    while process.poll() is None and len(losses(out)) < 3:
+        time.sleep(0.1)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2, output
+    assert "stopped by a signal; the same command resumes from" in output
+    saved = int(checkpoints(out)[-1].name[5:])
+    assert sorted(losses(out)) == list(range(1, saved + 1))
+    config = load_run_config(tiny_yaml, [*many, f"training.steps={saved + 2}"])
+    train(config)
+    assert sorted(losses(out)) == list(range(1, saved + 3))
+
+
+def test_saved_loaded_in_a_new_process_and_evaluated_gives_the_same_figures(finished, scenes, tmp_path):
+    outs = [tmp_path / f"{i}.json" for i in range(2)]
+    for out in outs:
+        command = ["evaluate", "vqa", "--model", str(finished), "--data", str(scenes / "vqa"), "--out", str(out)]
+        subprocess.run([sys.executable, "-m", "metalm", *command], check=True, capture_output=True)
+    first, second = (json.loads(out.read_text()) for out in outs)
+    assert first["metrics"] == second["metrics"]
+    lines = [Path(result["predictions"]).read_text() for result in (first, second)]
+    assert lines[0] == lines[1] and lines[0].count("\n") == first["num_samples"]
+    assert set(first) == {"task", "metrics", "num_samples", "model", "data", "config", "predictions"}
+
+
+def test_fine_tuning_starts_from_the_weights_and_tokenizer_of_the_other_run(tiny_yaml, finished, scenes, tmp_path):
+    values = tiny_yaml.read_text()
+    config = tmp_path / "finetune.yaml"
+    head, tail = values.split("model:")[0].split("tokenizer:")[0], values[values.index("data:") :]
+    config.write_text(head + tail)
+    model = ["model.decoder.trainable=none", "model.encoders.fused.trainable=none"]
+    out = tmp_path / "run"
+    train(load_run_config(config, [f"out={out}", f"init_from={finished}", "training.steps=2", *model]))
+    before, tokenizer = load_pretrained(finished)
+    after, same = load_pretrained(out)
+    assert tokenizer.fingerprint == same.fingerprint
+    changed = {n for (n, p), q in zip(before.named_parameters(), after.parameters()) if not torch.equal(p, q)}
+    assert changed and all(name.startswith("connectors.") for name in changed)
+
+
+def test_weights_of_another_shape_are_named(tiny_yaml, finished, tmp_path):
+    with pytest.raises(CheckpointError, match=r"does not fit the model:\n.*decoder\.embedding\.weight: \(\d+, 32\) in the file, .* 16"):
+        overrides = [f"out={tmp_path / 'run'}", f"init_from={finished}", "model.decoder.width=16"]
+        train(load_run_config(tiny_yaml, overrides))
+
+
+def test_resuming_with_another_model_names_the_difference(tiny_yaml, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    with pytest.raises(CheckpointError, match=r"begun with another model \(model\.decoder\.layers: 1, now 2\)"):
+        train(load_run_config(tiny_yaml, [f"out={out}", "model.decoder.layers=2"]))
+
+
+def test_resume_never_refuses_a_folder_with_checkpoints(tiny_yaml, finished):
+    with pytest.raises(ConfigError, match="resume is 'never'"):
+        train(load_run_config(tiny_yaml, [f"out={finished}", "resume=never"]))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_after(tiny_yaml, tmp_path):
+    out = tmp_path / "run"
+    overrides = ["training.lr=1e30", "training.clip=0.0", "training.warmup=0", "training.steps=40", f"out={out}"]
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) between steps \d+ and \d+.*Lower training\.lr"):
+        train(load_run_config(tiny_yaml, overrides))
+    for folder in checkpoints(out):
+        state = torch.load(folder / "state" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+        assert all(torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point())
+
+
+def test_broken_pictures_are_named_skipped_and_limited(tiny_yaml, scenes, tmp_path, capsys):
+    from metalm.data.shards import read_samples
+
+    samples = list(read_samples(str(scenes / "images")))[:16]
+    samples[3] = Sample("cut-off", samples[3].image[:200], samples[3].captions)
+    write_shards(samples, tmp_path / "shards", 8)
+    source = [{"shards": str(tmp_path / "shards"), "task": "image_text"}]
+    overrides = [f"data.train={json.dumps(source)}", "data.block=8", "training.steps=8"]
+    train(load_run_config(tiny_yaml, [*overrides, f"out={tmp_path / 'run'}"]))
+    assert "skipped: sample 'cut-off': not a complete picture" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"broken samples, more than data\.max_broken=0.*\n.*'cut-off'"):
+        train(load_run_config(tiny_yaml, [*overrides, "data.max_broken=0", f"out={tmp_path / 'other'}"]))
+
+
+def test_a_full_disk_is_said_and_earlier_checkpoints_stay(tiny_yaml, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(out)]).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        with pytest.raises(TrainingError, match=r"could not be written .*is the disk full\? Checkpoints saved before are untouched"):
+            train(load_run_config(tiny_yaml, [f"out={out}", "training.keep_checkpoints=9", "training.steps=12"]))
+        left = checkpoints(out)
+        assert left and all((folder / "rank-0.json").is_file() for folder in left)
+        assert not list((out / "checkpoints").glob("*.partial"))
+    finally:
+        subprocess.run(["umount", "--lazy", str(out)], check=True)
