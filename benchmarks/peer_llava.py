@@ -10,7 +10,8 @@ scored by the same metrics as METALM's, and once more with every image black: wh
     <s> <image> x 64 caption: a dog runs </s>          stage 2; stage 1 lacks "caption:"
     -   -       …    -        a dog runs </s>          labels, - = no loss
 
-Weights are in bfloat16 with float32 master weights: on CPU that is faster than autocast (see `docs/results.md`).
+Weights are in bfloat16 with float32 master weights: on CPU a step of 16 captions takes 1.79 s so, 1.95 s under autocast
+(one thread of an EPYC with AVX-512 bfloat16).
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ def training(rounds: int) -> list[dict]:
         results += [
             entry(f"train_step/{name}", result["ratio"], "x", LLAVA, at_least=1.0),
             entry(f"train_step/{name}/processor_time", result["cpu_ratio"], "x", LLAVA),
-            entry(f"train_step/{name}/metalm", result["metalm"], "useful positions/s"),
-            entry(f"train_step/{name}/peer", result["peer"], "useful positions/s", LLAVA),
+            entry(f"train_step/{name}/metalm", result["metalm"], "positions/s"),
+            entry(f"train_step/{name}/peer", result["peer"], "positions/s", LLAVA),
         ]
     return results
 
@@ -42,12 +42,16 @@ def entry(name: str, value: float, unit: str, peer: str = "", at_least: float | 
 
 
 def table(results: list[dict]) -> Table:
-    out = Table("benchmark", "value", "unit", "at least", "", "peer", title=f"{torch.get_num_threads()} threads")
+    out = Table(title=f"{torch.get_num_threads()} threads", caption=f"peer: {LLAVA}")
+    out.add_column("benchmark", no_wrap=True)
+    out.add_column("value", justify="right")
+    out.add_column("unit")
+    out.add_column("at least")
     for result in results:
-        bar = result["at_least"]
-        verdict = "" if bar is None else "[green]reached" if result["value"] >= bar else "[red]below"
         value = f"{result['value']:,.2f}" if result["unit"] == "x" else f"{result['value']:,.0f}"
-        out.add_row(result["name"], value, result["unit"], "" if bar is None else f"{bar:.2f}", verdict, result["peer"])
+        bar = result["at_least"]
+        verdict = "" if bar is None else f"{bar:.2f} " + ("[green]reached" if result["value"] >= bar else "[red]below")
+        out.add_row(result["name"], value, result["unit"], verdict)
     return out
 
 
