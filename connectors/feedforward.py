@@ -33,8 +33,8 @@ class FeedForwardConnector(Connector):
         for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:])):
             modules += [nn.GELU()] if i else []
             modules.append(nn.Linear(fan_in, fan_out))
-            # Keeps the variance through the layers; the decoder's embeddings are N(0, 0.02) and so is what docks on it.
-            nn.init.normal_(modules[-1].weight, std=fan_in**-0.5 if i < config.layers - 1 else 0.02)
+            # Keeps the variance through the layers, so that what docks is of the size of scaled embeddings and positions.
+            nn.init.normal_(modules[-1].weight, std=fan_in**-0.5)
             nn.init.zeros_(modules[-1].bias)
         self.layers = nn.Sequential(*modules)
 

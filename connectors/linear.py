@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from metalm.connectors.base import Connector, ConnectorConfig
-from metalm.nn.transformer import init_weights
 
 
 class LinearConnector(Connector):
@@ -14,7 +13,8 @@ class LinearConnector(Connector):
     def __init__(self, config: ConnectorConfig, encoder_width: int, decoder_width: int):
         super().__init__()
         self.linear = nn.Linear(encoder_width, decoder_width)
-        init_weights(self.linear)
+        nn.init.normal_(self.linear.weight, std=encoder_width**-0.5)
+        nn.init.zeros_(self.linear.bias)
 
     def forward(self, states: Tensor, mask_NS: Tensor | None = None) -> Tensor:
         return self.linear(states)

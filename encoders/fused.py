@@ -18,6 +18,7 @@ from metalm.encoders.base import Collated, Encoder, EncoderConfig, Processor, pa
 from metalm.encoders.text import check_room
 from metalm.errors import ConfigError
 from metalm.nn.attention import Mask, same_document
+from metalm.nn.positions import LearnedPositions
 from metalm.nn.transformer import MLP, Attention, TransformerConfig, init_weights, make_norm, scale_residuals
 
 PIXEL_MEAN = PIXEL_STD = 127.5  # to [-1, 1], as BEiT and VLMo
@@ -134,15 +135,16 @@ class FusedEncoder(Encoder):
         self.width = config.width
         self.processor = FusedProcessor(config.image_size, config.num_patches, config.max_positions)
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.text_positions = nn.Embedding(config.max_positions, config.width)
+        self.text_positions = LearnedPositions(config.max_positions, config.width)
         self.patches = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
-        self.patch_positions = nn.Embedding(config.num_patches, config.width)
+        self.patch_positions = LearnedPositions(config.num_patches, config.width)
         self.dropout = nn.Dropout(config.dropout)
         first_fusion = config.layers - config.fusion_layers
         self.blocks = nn.ModuleList(FusedBlock(config, layer >= first_fusion) for layer in range(config.layers))
         self.norm = make_norm(config)
         self.apply(init_weights)
-        nn.init.normal_(self.patches.weight, std=(3 * config.patch_size**2) ** -0.5)
+        # A patch's vector starts at the size of a token's: pixels are about 0.5 off the mean.
+        nn.init.normal_(self.patches.weight, std=0.04 * (3 * config.patch_size**2) ** -0.5)
         scale_residuals(self.blocks)
 
     def forward(

@@ -37,7 +37,16 @@ class CausalDecoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         init_weights(self.embedding)
+        self.scale = 1.0
+        if config.positions == "sinusoidal":
+            # The sinusoids are of size 1: so must be what they are added to, while the tied softmax keeps small weights.
+            self.scale = config.width**0.5
+            nn.init.normal_(self.embedding.weight, std=1 / self.scale)
         self.transformer = Transformer(config)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [...] to input vectors [..., D]; times sqrt(D) under sinusoids ("Attention Is All You Need", 3.4)."""
+        return self.embedding(tokens) * self.scale
 
     def forward(
         self, x_BTD: Tensor, position_BT: Tensor, mask: Mask | str = "causal", cache: KVCache | None = None

@@ -90,7 +90,7 @@ class MetaLM(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         """What the decoder reads, [B, T, D]: token embeddings, and docked states at the spans' positions."""
-        x_BTD = self.decoder.embedding(batch.tokens_BT)
+        x_BTD = self.decoder.embed(batch.tokens_BT)
         flat = x_BTD.flatten(0, 1)
         for name in self.encoders:
             docked = self.dock(name, batch.spans[name])

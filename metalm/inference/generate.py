@@ -75,7 +75,7 @@ class Decoding:
         K = self.cache.length + 1
         predicate = all_of(causal, same_document(self.document_BK))
         mask = Mask(predicate, len(tokens_B), 1, K, tokens_B.device, first_query=K - 1)
-        x_B1D = self.model.decoder.embedding(tokens_B[:, None])
+        x_B1D = self.model.decoder.embed(tokens_B[:, None])
         hidden = self.model.decoder(x_B1D, self.position_B[:, None], mask, self.cache)
         self.logits_BV = self.model.decoder.logits(hidden[:, -1]).float()
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metalm.errors import ConfigError
 from metalm.nn.attention import KVCache, Mask, attend
-from metalm.nn.positions import LearnedPositions, RelativeBias, SinusoidalPositions, rotary_tables, rotate
+from metalm.nn.positions import LearnedPositions, RelativeBias, SinusoidalPositions, rotary_tables, rotate, sinusoids
 
 
 @dataclass
@@ -165,8 +165,12 @@ def make_positions(config: TransformerConfig) -> nn.Module | None:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Normal(0, 0.02) for matrices and embeddings, zero for biases (GPT-2's)."""
-    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+    """Normal(0, 0.02) for matrices and embeddings, zero for biases (GPT-2's); learned positions start as sinusoids of the
+    same size, for which attending to a neighbour is one rotation and need not be learned place by place."""
+    if isinstance(module, LearnedPositions):
+        with torch.no_grad():
+            module.weight.copy_(sinusoids(*module.weight.shape) * (0.02 * 2**0.5))
+    elif isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
         nn.init.normal_(module.weight, std=0.02)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
