@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +65,8 @@ class ImageTower(Encoder):
 class TimmConfig(EncoderConfig):
     """`name` as in timm, e.g. `vit_small_patch16_224.augreg_in21k`; `image_size` 0 is the model's own.
 
-    `arguments` go to `timm.create_model` as they are (depth, embed_dim, drop_path_rate, …).
+    `arguments` go to `timm.create_model` as they are (depth, embed_dim, drop_path_rate, …), but for `checkpoint_path`: a file
+    of weights, which may have a classifier, be of another image size, or of another layout that timm knows.
     """
 
     name: str
@@ -89,6 +91,7 @@ class TimmEncoder(ImageTower):
         arguments = dict(config.arguments or {})
         if config.image_size:
             arguments["img_size"] = config.image_size
+        checkpoint = arguments.pop("checkpoint_path", "")
         try:
             self.model = timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **arguments)
         except TypeError as error:
@@ -98,6 +101,8 @@ class TimmEncoder(ImageTower):
             raise ConfigError(f"timm model {config.name!r} cannot be made: {reason}") from error
         if not hasattr(getattr(self.model, "patch_embed", None), "num_patches") or not hasattr(self.model, "blocks"):
             raise ConfigError(f"timm model {config.name!r} gives no patch states; take a ViT, DeiT, BEiT or EVA")
+        if checkpoint:
+            load_timm_checkpoint(self.model, checkpoint)
         # What pools the patch states has no part in this, and would count as trained.
         self.model.reset_classifier(0, "")
         self.model.fc_norm = nn.Identity()
@@ -114,6 +119,29 @@ class TimmEncoder(ImageTower):
     def layers(self) -> list[nn.Module]:
         blocks = self.model.blocks
         return [*blocks[:-1], nn.ModuleList([blocks[-1], self.model.norm])]
+
+
+def load_timm_checkpoint(model: nn.Module, path: str) -> None:
+    """Fills a timm model from a file; a classifier in it is left out.
+
+    Raises:
+        ConfigError: the file cannot be read, or its weights are not those of this model.
+    """
+    from timm.models import load_state_dict
+
+    try:
+        weights = load_state_dict(path)
+        module = sys.modules[type(model).__module__]
+        if hasattr(module, "checkpoint_filter_fn"):
+            weights = module.checkpoint_filter_fn(weights, model)
+        missing, left = model.load_state_dict(weights, strict=False)
+    except Exception as error:  # of torch, safetensors, pickle or timm
+        raise ConfigError(f"checkpoint {path!r} cannot be loaded ({type(error).__name__}: {error})") from error
+    left = [name for name in left if not name.startswith("head")]
+    if missing or left:
+        problems = [f"lacks {name}" for name in missing] + [f"has {name}, which the model has not" for name in left]
+        more = f", and {len(problems) - 3} more such" if len(problems) > 3 else ""
+        raise ConfigError(f"checkpoint {path!r} is of another model: it {'; it '.join(problems[:3])}{more}")
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,293 @@
+"""Every built-in encoder keeps the contract; towers give their libraries' own states, from their libraries' own files."""
+
+from __future__ import annotations
+
+import io
+
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from metalm.config import build
+from metalm.encoders import ENCODERS
+from metalm.encoders.base import Encoder
+from metalm.errors import ConfigError, DataError
+from metalm.nn.freezing import set_trainable
+
+SIZE = {"layers": 3, "width": 16, "heads": 2, "vocab_size": 30}
+VIT = {"type": "timm", "name": "vit_tiny_patch16_224", "image_size": 32, "arguments": {"depth": 3, "embed_dim": 24}}
+CLIP = {"type": "open_clip", "name": "ViT-S-32-alt", "image_size": 64}  # open_clip's cheapest plain ViT
+CONFIGS = {
+    "text": {"type": "text", **SIZE},
+    "fused": {"type": "fused", **SIZE, "image_size": 16, "patch_size": 8},
+    "fused, experts": {"type": "fused", **SIZE, "image_size": 16, "patch_size": 8, "experts": True, "fusion_layers": 1},
+    "timm ViT": VIT,
+    "timm BEiT": {
+        "type": "timm",
+        "name": "beit_base_patch16_224",
+        "image_size": 32,
+        "arguments": {"depth": 3, "embed_dim": 24, "num_heads": 2},
+    },
+    "timm EVA-02": {"type": "timm", "name": "eva02_tiny_patch14_224", "image_size": 28, "arguments": {"depth": 3}},
+    "timm DINOv2, registers": {
+        "type": "timm",
+        "name": "vit_small_patch14_reg4_dinov2",
+        "image_size": 28,
+        "arguments": {"depth": 3, "embed_dim": 24, "num_heads": 2},
+    },
+    "timm SigLIP": {
+        "type": "timm",
+        "name": "vit_base_patch16_siglip_224",
+        "image_size": 32,
+        "arguments": {"depth": 3, "embed_dim": 24, "num_heads": 2},
+    },
+    "open_clip": CLIP,
+}
+
+
+def make(values: dict) -> Encoder:
+    torch.manual_seed(0)
+    cls = ENCODERS[values["type"]]
+    return cls(build(cls.Config, values, "test")).eval()
+
+
+@pytest.fixture(scope="module")
+def encoders() -> dict[str, Encoder]:
+    return {name: make(values) for name, values in CONFIGS.items()}
+
+
+@pytest.fixture(params=CONFIGS)
+def encoder(request, encoders) -> Encoder:
+    return encoders[request.param]
+
+
+def noise(seed: int, size=(50, 40)) -> bytes:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(out, "PNG")
+    return out.getvalue()
+
+
+def some_inputs(encoder: Encoder) -> list[dict]:
+    """Spans of every kind that the encoder reads."""
+    inputs = []
+    if "text" in encoder.processor.reads:
+        inputs += [{"tokens": [1, 2, 3]}, {"tokens": [4]}]
+    if "image" in encoder.processor.reads:
+        inputs += [{"image": noise(0)}, {"image": noise(1)}]
+    if encoder.processor.reads == {"text", "image"}:
+        inputs += [{"image": noise(2), "tokens": [5, 6]}]
+    return inputs
+
+
+def test_every_built_in_is_tested():
+    assert {values["type"] for values in CONFIGS.values()} == set(ENCODERS.builtin)
+
+
+def test_states_are_as_many_as_announced(encoder):
+    processor = encoder.processor
+    inputs = some_inputs(encoder)
+    announced = [processor.num_states(one) for one in inputs]  # before decoding, as a layout asks
+    loaded = [processor.load(one) for one in inputs]
+    assert [processor.num_states(one) for one in loaded] == announced
+    collated = processor.collate(loaded)
+    states = encoder(**collated.inputs)
+    assert states.shape[2] == encoder.width
+    assert len(collated.source) == sum(announced)
+    assert len(set(collated.source.tolist())) == len(collated.source)
+    assert collated.source.max() < states.shape[0] * states.shape[1]
+    chosen = states.flatten(0, 1)[collated.source]
+    assert chosen.isfinite().all()
+    # In float32: each span's states are those that it has alone.
+    alone = []
+    for one in loaded:
+        single = processor.collate([one])
+        alone.append(encoder(**single.inputs).flatten(0, 1)[single.source])
+    torch.testing.assert_close(chosen, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_a_blank_span_runs(encoder):
+    blank = encoder.processor.load(encoder.processor.blank())
+    collated = encoder.processor.collate([blank])
+    assert len(collated.source) == encoder.processor.num_states(blank) >= 1
+    assert encoder(**collated.inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("trainable", ["all", "none", 1, 2])
+def test_the_last_layers_alone_train(encoder, trainable):
+    layers = encoder.layers()
+    set_trainable(encoder, layers, trainable, "encoder")
+    encoder.zero_grad()
+    processor = encoder.processor
+    states = encoder(**processor.collate([processor.load(one) for one in some_inputs(encoder)]).inputs)
+    if trainable == "none":
+        assert not states.requires_grad
+        set_trainable(encoder, layers, "all", "encoder")
+        return
+    (states * torch.randn_like(states)).sum().backward()
+    got = {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
+    last = {id(p) for layer in layers[-trainable:] for p in layer.parameters()} if trainable != "all" else None
+    expected = {n for n, p in encoder.named_parameters() if last is None or id(p) in last}
+    assert got == expected  # nothing that counts as trained goes without a gradient
+    assert len(layers) == (12 if isinstance(encoder, ENCODERS["open_clip"]) else 3)
+    set_trainable(encoder, layers, "all", "encoder")
+
+
+def test_processors_travel_to_workers(encoder):
+    import pickle
+
+    copy = pickle.loads(pickle.dumps(encoder.processor))
+    assert copy == encoder.processor
+
+
+def normalised(encoder: Encoder, image: bytes, mean, std) -> torch.Tensor:
+    """As the libraries do it, on a picture of the right size already."""
+    pixels = encoder.processor.load({"image": image})["image"].float() / 255
+    return ((pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])[None]
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "timm BEiT", "timm EVA-02", "timm DINOv2, registers", "timm SigLIP"])
+def test_timm_states_are_timms(encoders, name):
+    """The library's own model, without its class and register tokens."""
+    encoder, values = encoders[name], CONFIGS[name]
+    torch.manual_seed(0)
+    model = timm.create_model(values["name"], img_size=values["image_size"], **values["arguments"]).eval()
+    model.load_state_dict(encoder.model.state_dict(), strict=False)
+    config = timm.data.resolve_model_data_config(model)
+    with torch.no_grad():
+        states = model.forward_features(normalised(encoder, noise(3), config["mean"], config["std"]))
+        states = states[:, model.num_prefix_tokens :]
+        ours = encoder(encoder.processor.load({"image": noise(3)})["image"][None])
+    torch.testing.assert_close(ours, states, rtol=1e-4, atol=1e-5)
+    assert ours.shape[1] == (values["image_size"] // int(values["name"].split("patch")[1][:2])) ** 2
+
+
+def test_open_clip_states_are_open_clips(encoders):
+    encoder = encoders["open_clip"]
+    model = open_clip.create_model("ViT-S-32-alt", force_image_size=64).visual.eval()
+    model.load_state_dict(encoder.model.state_dict(), strict=False)
+    model.output_tokens = True
+    config = model.preprocess_cfg
+    with torch.no_grad():
+        tokens = model(normalised(encoder, noise(3), config["mean"], config["std"]))[1]
+        ours = encoder(encoder.processor.load({"image": noise(3)})["image"][None])
+    torch.testing.assert_close(ours, tokens, rtol=1e-4, atol=1e-5)
+
+
+def same_states(one: Encoder, other: Encoder) -> bool:
+    pixels = one.processor.load({"image": noise(4)})["image"][None]
+    with torch.no_grad():
+        return torch.equal(one(pixels), other(pixels))
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+def test_timm_checkpoints_load(tmp_path, form):
+    """A file as timm's training writes it or as timm publishes it, with a classifier."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    published = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=24, num_classes=7).eval()
+    path = tmp_path / f"model.{form}"
+    if form == "pth":
+        torch.save({"state_dict": published.state_dict()}, path)
+    else:
+        save_file(published.state_dict(), path)
+    loaded = make({**VIT, "arguments": {**VIT["arguments"], "checkpoint_path": str(path)}})
+    assert not same_states(loaded, make(VIT))
+    pixels = loaded.processor.load({"image": noise(4)})["image"][None]
+    with torch.no_grad():
+        expected = published.forward_features(loaded.normalize(pixels))[:, 1:]
+        torch.testing.assert_close(loaded(pixels), expected, rtol=0, atol=0)
+
+
+def test_timm_checkpoints_adapt_to_the_image_size(tmp_path):
+    published = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=3, embed_dim=24)
+    torch.save(published.state_dict(), tmp_path / "48.pth")
+    loaded = make({**VIT, "arguments": {**VIT["arguments"], "checkpoint_path": str(tmp_path / "48.pth")}})
+    assert torch.equal(loaded.model.blocks[2].mlp.fc1.weight, published.blocks[2].mlp.fc1.weight)
+    assert loaded.model.pos_embed.shape == (1, 1 + 4, 24)
+    assert torch.equal(loaded.model.pos_embed[:, 0], published.pos_embed[:, 0])
+
+
+@pytest.mark.parametrize("depth, message", [(2, "lacks blocks.2"), (4, "has blocks.3"), (0, "cannot be loaded")])
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, depth, message):
+    path = tmp_path / "model.pth"
+    if depth:
+        torch.save(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=depth, embed_dim=24).state_dict(), path)
+    else:
+        path.write_bytes(b"no checkpoint")
+    with pytest.raises(ConfigError, match=message):
+        make({**VIT, "arguments": {**VIT["arguments"], "checkpoint_path": str(path)}})
+
+
+def test_open_clip_checkpoints_load(tmp_path):
+    """A file as open_clip's training writes it: both towers, in a dict with the epoch, under DDP's prefix."""
+    torch.manual_seed(1)
+    published = open_clip.create_model("ViT-S-32-alt", force_image_size=64)
+    weights = {f"module.{name}": tensor for name, tensor in published.state_dict().items()}
+    path = tmp_path / "epoch_1.pt"
+    torch.save({"epoch": 1, "name": "run", "state_dict": weights}, path)
+    loaded = make({**CLIP, "pretrained": str(path)})
+    assert not same_states(loaded, make(CLIP))
+    published.visual.output_tokens = True
+    pixels = loaded.processor.load({"image": noise(4)})["image"][None]
+    with torch.no_grad():
+        expected = published.visual.eval()(loaded.normalize(pixels))[1]
+        torch.testing.assert_close(loaded(pixels), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({**VIT, "name": "vit_tinny_patch16_224"}, "did you mean 'vit_tiny_patch16_224'"),
+        ({**VIT, "name": "swin_tiny_patch4_window7_224", "arguments": {"depths": 1}}, "swin_tiny"),
+        ({"type": "timm", "name": "resnet18"}, "resnet18' gives no patch states|resnet18' cannot be made"),
+        ({**VIT, "arguments": {"dept": 2}}, r"does not take these arguments: .*'dept'"),
+        ({**VIT, "arguments": {"checkpoint_path": "/no/such.pth"}}, r"/no/such\.pth' cannot be loaded"),
+        ({**CLIP, "name": "ViT-S-32-allt"}, "no model 'ViT-S-32-allt'; did you mean 'ViT-S-32-alt'"),
+        ({**CLIP, "pretrained": "laion"}, "'laion' is not a known tag or valid file path"),
+        ({**CLIP, "pretrained": "/no/such.pt"}, r"'/no/such\.pt' is not a known tag or valid file path"),
+        ({"type": "open_clip", "name": "RN50"}, "is no plain ViT; for timm towers use type: timm"),
+        ({"type": "text", "layers": 1, "width": 8, "heads": 1}, "vocab_size is not set"),
+        ({"type": "fused", "layers": 1, "width": 8, "heads": 1}, "vocab_size is not set"),
+        ({**CONFIGS["fused"], "patch_size": 5}, "image_size 16 is not divisible by patch_size 5"),
+        ({**CONFIGS["fused"], "relative_bias": True}, "relative_bias is not for the fused encoder"),
+    ],
+)
+def test_what_cannot_be_is_refused(values, message, capsys):
+    with pytest.raises(ConfigError, match=message):
+        make(values)
+
+
+def test_a_tower_that_pools_its_patches_is_refused():
+    """CoCa's attention pooling gives 255 states whatever the picture; read as patches, they would be another's."""
+    encoder = make({"type": "open_clip", "name": "coca_ViT-B-32", "image_size": 32})
+    with pytest.raises(ConfigError, match="one for each of its patches"):
+        encoder(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["text", "fused"])
+def test_texts_too_long_for_an_encoder_are_refused(encoders, name):
+    processor = encoders[name].processor
+    limit = processor.max_positions
+    assert processor.num_states({"tokens": [1] * limit}) == limit
+    with pytest.raises(DataError, match=f"does not fit the encoder's max_positions={limit}"):
+        processor.num_states({"tokens": [1] * (limit + 1)})
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "open_clip"])
+def test_towers_build_without_memory(name):
+    with torch.device("meta"):
+        encoder = make(CONFIGS[name])
+    assert all(parameter.is_meta for parameter in encoder.parameters())
+    assert encoder(torch.zeros(2, 3, *[encoder.processor.image_size] * 2, device="meta")).shape[1:] == (4, encoder.width)
+
+
+def test_broken_pictures_are_data_errors(encoders):
+    for encoder in encoders.values():
+        if "image" in encoder.processor.reads:
+            with pytest.raises(DataError, match="not a complete picture"):
+                encoder.processor.load({"image": noise(0)[:200]})
