@@ -1,0 +1,262 @@
+"""Tasks as layouts: what each kind of model reads of a sample, and what it learns to say."""
+
+from __future__ import annotations
+
+import io
+import random
+
+import pytest
+from PIL import Image
+
+from metalm.connectors.base import ConnectorConfig
+from metalm.connectors.perceiver import PerceiverConfig
+from metalm.data.prompts import (
+    TASKS,
+    Interface,
+    caption_query,
+    captioning,
+    image_text,
+    question_query,
+    text,
+    vqa,
+)
+from metalm.data.sample import Question, Sample
+from metalm.data.tokenizer import Tokenizer
+from metalm.encoders.fused import FusedProcessor
+from metalm.encoders.image import ImageProcessor
+from metalm.encoders.text import TextProcessor
+from metalm.errors import ConfigError, DataError
+from metalm.objectives.base import ObjectiveConfig
+from metalm.objectives.causal import Causal
+from metalm.objectives.prefix import Prefix
+from metalm.objectives.semicausal import SemiCausal, SemiCausalConfig
+from metalm.segments import IGNORE, Document, Span, Text, lay_out, load_spans, make_batch
+
+CAPTION = "a red circle left of a blue square"
+PATCHES = 4
+
+
+def picture() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(out, "PNG")
+    return out.getvalue()
+
+
+IMAGE = picture()
+PAIR = Sample("pair", IMAGE, [CAPTION])
+ASKED = Sample("asked", IMAGE, questions=[Question("1", "what color is the circle?", ["blue", "red", "red"])])
+TOLD = Sample(
+    "told",
+    text="there is a red circle.",
+    questions=[Question("1", "what color?", ["red"]), Question("2", "what shape?", soft_answers={"circle": 1.0, "disc": 0.6})],
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([CAPTION, TOLD.text, "question: what color is the circle? answer: red"] * 3, 400)
+
+
+def interface(tokenizer: Tokenizer, *encoders: str, max_length: int = 128, connector=None, room: int = 64) -> Interface:
+    processors = {
+        "fused": FusedProcessor(image_size=16, num_patches=PATCHES, max_positions=room),
+        "image": ImageProcessor(image_size=16, num_patches=PATCHES, interpolation="bicubic"),
+        "text": TextProcessor(max_positions=room),
+    }
+    chosen = {name: processors[name] for name in encoders}
+    connectors = {name: connector or ConnectorConfig("linear") for name in encoders}
+    return Interface(tokenizer, chosen, connectors, max_length)
+
+
+def shape(segments: list[Text | Span], tokenizer: Tokenizer) -> list:
+    """Segments as (encoder, image or not, text) and (text, target), for reading."""
+    return [
+        (s.encoder, "image" in s.inputs, tokenizer.decode(s.inputs.get("tokens", ())))
+        if isinstance(s, Span)
+        else (tokenizer.backend.decode(list(s.tokens), skip_special_tokens=False), s.target)
+        for s in segments
+    ]
+
+
+QUESTION = "question: what color is the circle? answer:"
+
+
+@pytest.mark.parametrize(
+    "encoders, expected",
+    [
+        (["fused"], [("fused", True, QUESTION)]),
+        (["image", "text"], [("image", True, ""), ("text", False, QUESTION)]),
+        (["image"], [("image", True, ""), (QUESTION, False)]),
+        (["fused", "image", "text"], [("fused", True, QUESTION)]),
+    ],
+)
+def test_a_question_on_an_image_is_read_the_best_way_there_is(tokenizer, encoders, expected):
+    model = interface(tokenizer, *encoders)
+    assert shape(question_query(model, ASKED, ASKED.questions[0]), tokenizer) == expected
+    (document,) = vqa(model, ASKED, random.Random(0))
+    assert shape(document.segments, tokenizer) == [*expected, (" red</s>", True)]  # the most frequent answer
+    assert document.key == "asked/1"
+    tokens, targets = lay_out(document)
+    answer = [*tokenizer.encode(" red"), tokenizer.end]
+    assert [t for t in targets if t != IGNORE] == answer
+    assert targets[-len(answer) - 1 : -1] == answer  # the first is predicted at the prompt's last position
+
+
+@pytest.mark.parametrize(
+    "encoders, expected",
+    [
+        (["fused"], [("fused", False, "there is a red circle. question: what shape? answer:")]),
+        (["image", "text"], [("text", False, "there is a red circle. question: what shape? answer:")]),
+        ([], [("there is a red circle. question: what shape? answer:", False)]),
+    ],
+)
+def test_a_question_on_a_text(tokenizer, encoders, expected):
+    documents = list(vqa(interface(tokenizer, *encoders), TOLD, random.Random(0)))
+    assert [document.key for document in documents] == ["told/1", "told/2"]
+    assert shape(documents[1].segments, tokenizer) == [*expected, (" circle</s>", True)]
+
+
+def test_training_and_evaluation_put_a_task_in_the_same_words(tokenizer):
+    model = interface(tokenizer, "fused")
+    (trained,) = captioning(model, PAIR, random.Random(0))
+    assert trained.segments[:-1] == caption_query(model, PAIR)
+    assert shape(trained.segments, tokenizer) == [("fused", True, "caption:"), (f" {CAPTION}</s>", True)]
+    (trained,) = vqa(model, ASKED, random.Random(0))
+    assert trained.segments[:-1] == question_query(model, ASKED, ASKED.questions[0])
+
+
+def test_an_image_text_pair_is_cut_at_random_in_a_fused_encoder(tokenizer):
+    model = interface(tokenizer, "fused")
+    whole = [*tokenizer.encode(" " + CAPTION), tokenizer.end]
+    prefixes = set()
+    for seed in range(300):
+        (document,) = image_text(model, PAIR, random.Random(seed))
+        span, rest = document.segments
+        assert [*span.inputs["tokens"], *rest.tokens] == whole and len(rest) >= 1
+        assert len(span) == PATCHES + len(span.inputs["tokens"])
+        targets = lay_out(document)[1]
+        assert targets == [IGNORE] * (len(span) - 1) + list(rest.tokens) + [IGNORE]
+        prefixes.add(len(span.inputs["tokens"]))
+    assert prefixes == set(range(len(whole)))
+
+
+def test_a_prefix_fits_the_encoder(tokenizer):
+    model = interface(tokenizer, "fused", room=3)
+    sizes = {len(next(image_text(model, PAIR, random.Random(seed))).segments[0].inputs["tokens"]) for seed in range(100)}
+    assert sizes == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("encoders", [["image"], ["image", "text"]])
+def test_without_a_fused_encoder_the_whole_caption_is_predicted(tokenizer, encoders):
+    (document,) = image_text(interface(tokenizer, *encoders), PAIR, random.Random(0))
+    assert shape(document.segments, tokenizer) == [("image", True, ""), (f" {CAPTION}</s>", True)]
+
+
+def test_a_resampler_sets_a_spans_length(tokenizer):
+    model = interface(tokenizer, "image", connector=PerceiverConfig("perceiver", latents=2))
+    (document,) = image_text(model, PAIR, random.Random(0))
+    assert len(document.segments[0]) == 2
+
+
+def test_captions_are_drawn_by_chance(tokenizer):
+    sample = Sample("many", IMAGE, ["one", "two", "three"])
+    drawn = {
+        shape(next(captioning(interface(tokenizer, "image"), sample, random.Random(s))).segments, tokenizer)[-1]
+        for s in range(50)
+    }
+    assert drawn == {(" one</s>", True), (" two</s>", True), (" three</s>", True)}
+
+
+def test_text_starts_and_ends_with_its_tokens(tokenizer):
+    (document,) = text(interface(tokenizer), TOLD, random.Random(0), Causal(ObjectiveConfig("causal")))
+    assert shape(document.segments, tokenizer) == [("<s>there is a red circle.</d>", True)]
+
+
+OBJECTIVES = {
+    "causal": Causal(ObjectiveConfig("causal")),
+    "prefix": Prefix(ObjectiveConfig("prefix")),
+    "semicausal": SemiCausal(SemiCausalConfig("semicausal", 2, 8)),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_text_of_100_000_tokens_becomes_documents_and_loses_nothing(tokenizer, name):
+    model = interface(tokenizer, "text", max_length=128)
+    words = f"{CAPTION}. " * 12_000
+    everything = [*tokenizer.encode(words), tokenizer.document_end]
+    assert len(everything) > 100_000
+    documents = list(text(model, Sample("book", text=words), random.Random(0), OBJECTIVES[name]))
+    assert max(map(len, documents)) <= 128
+    if name != "prefix":  # which has no `<s>`
+        assert [len(document) for document in documents[:-1]] == [128] * (len(documents) - 1)
+    read = []
+    for document in documents:
+        pieces = [s.tokens if isinstance(s, Text) else s.inputs["tokens"] for s in document.segments]
+        read += [token for piece in pieces for token in piece if token != tokenizer.start]
+        assert any(target != IGNORE for target in lay_out(document)[1])
+    assert read == everything or read == everything[:-1]  # an end token by itself would be no document
+
+
+def test_long_texts_are_cut_where_they_are_read(tokenizer):
+    model = interface(tokenizer, "fused", max_length=64, room=40)
+    story = Sample("story", text=f"{CAPTION}. " * 200, questions=[Question("1", "what color?", ["red"])])
+    (document,) = vqa(model, story, random.Random(0))
+    span, answer = document.segments
+    assert len(span) == 40
+    assert tokenizer.decode(span.inputs["tokens"]).endswith(" question: what color? answer:")  # the question is whole
+    caption = Sample("long", IMAGE, [f"{CAPTION}, " * 50])
+    assert len(next(captioning(model, caption, random.Random(0)))) == 64
+    assert max(len(next(image_text(model, caption, random.Random(s)))) for s in range(20)) == 64
+
+
+def test_layouts_make_batches(tokenizer):
+    """Every task through every kind of model, down to tensors."""
+    rng = random.Random(0)
+    for encoders in (["fused"], ["image", "text"], ["image"]):
+        model = interface(tokenizer, *encoders)
+        documents = [
+            d for task, s in ((image_text, PAIR), (captioning, PAIR), (vqa, ASKED), (vqa, TOLD)) for d in task(model, s, rng)
+        ]
+        batch = make_batch([[load_spans(d, model.processors)] for d in documents], model.processors)
+        assert len(batch.tokens_BT) == 5
+        assert (batch.targets_BT != IGNORE).any(dim=1).all()
+        assert set(batch.spans) == set(encoders)
+
+
+@pytest.mark.parametrize(
+    "task, sample, message",
+    [
+        (image_text, TOLD, "'told': the task image_text needs an image and a caption"),
+        (image_text, ASKED, "'asked': the task image_text needs an image and a caption"),
+        (captioning, Sample("bare", IMAGE), "'bare': the task captioning needs an image and captions"),
+        (vqa, PAIR, "'pair': the task vqa needs questions"),
+        (vqa, Sample("open", IMAGE, questions=[Question("9", "why?")]), "'open': question '9' has no answer"),
+    ],
+)
+def test_samples_that_a_task_cannot_use_are_named(tokenizer, task, sample, message):
+    with pytest.raises(DataError, match=message):
+        list(task(interface(tokenizer, "fused"), sample, random.Random(0)))
+
+
+@pytest.mark.parametrize("sample", [Sample("silent", IMAGE), Sample("blank", text=" \n ")])
+def test_a_sample_without_text_is_named(tokenizer, sample):
+    with pytest.raises(DataError, match=f"'{sample.key}': the task text needs a text"):
+        list(text(interface(tokenizer), sample, random.Random(0), OBJECTIVES["causal"]))
+
+
+def test_a_model_that_cannot_read_says_what_it_lacks(tokenizer):
+    with pytest.raises(ConfigError, match="no image or fused encoder"):
+        list(image_text(interface(tokenizer, "text"), PAIR, random.Random(0)))
+    with pytest.raises(ConfigError, match="needs a text or fused encoder"):
+        list(text(interface(tokenizer, "image"), TOLD, random.Random(0), OBJECTIVES["prefix"]))
+
+
+def test_every_task_has_a_name():
+    assert TASKS == {"image_text": image_text, "text": text, "captioning": captioning, "vqa": vqa}
+
+
+def test_an_image_alone_is_a_prompt(tokenizer):
+    for encoders in (["fused"], ["image"]):
+        segments = interface(tokenizer, *encoders).prompt(IMAGE, "")
+        assert [len(s) for s in segments if len(s)] == [PATCHES]
+        assert lay_out(Document([*segments, Text([7])]))[1] == [IGNORE] * 3 + [7, IGNORE]
