@@ -21,7 +21,7 @@ def decode_image(encoded: bytes, size: int, interpolation: str = "bicubic") -> T
     Raises:
         DataError: the bytes are no picture, or the picture is truncated.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(encoded)) as image:
@@ -33,6 +33,8 @@ def decode_image(encoded: bytes, size: int, interpolation: str = "bicubic") -> T
             picture = image.convert("RGB")
         if picture.size != (size, size):
             picture = picture.resize((size, size), getattr(Image.Resampling, interpolation.upper()))
+    except UnidentifiedImageError as error:  # whose text is the address of a buffer
+        raise DataError("not a complete picture (no known format)") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"not a complete picture ({error})") from error
     if turn is not None:
