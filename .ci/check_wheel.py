@@ -1,6 +1,6 @@
 """Checks a built wheel: one top-level package, every module of the checkout in it, and a working console script.
 
-    python .ci/check_wheel.py build/wheel/metalm-….whl
+python .ci/check_wheel.py build/wheel/metalm-….whl
 """
 
 from __future__ import annotations

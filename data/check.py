@@ -249,9 +249,7 @@ def _check_index(spec: list[str], contents: list[ShardContent]) -> tuple[list[Fi
     for folder in (Path(entry) for entry in spec if os.path.isdir(entry)):
         path = folder / INDEX
         if not path.is_file():
-            oddities.append(
-                Finding(str(folder), "", f"no {INDEX}: not written by METALM, or the writing was broken off")
-            )
+            oddities.append(Finding(str(folder), "", f"no {INDEX}: not written by METALM, or the writing was broken off"))
             continue
         try:
             listed = {str(folder / name): int(count) for name, count in json.loads(path.read_bytes())["shards"].items()}
@@ -261,9 +259,7 @@ def _check_index(spec: list[str], contents: list[ShardContent]) -> tuple[list[Fi
         there = {url for url in counts if Path(url).parent == folder}
         for url, count in listed.items():
             if url not in there:
-                problems.append(
-                    Finding(str(path), "", f"lists {Path(url).name}, which is missing; write the data again")
-                )
+                problems.append(Finding(str(path), "", f"lists {Path(url).name}, which is missing; write the data again"))
             elif counts[url] != count:
                 reason = f"{counts[url]:,} samples, but {INDEX} says {count:,}; write the data again"
                 problems.append(Finding(url, "", reason))

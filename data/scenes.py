@@ -232,12 +232,8 @@ def canonical_caption(scene: Scene) -> str:
 
 def full_description(scene: Scene, rng: random.Random) -> str:
     """Every thing with all its attributes: what a question on text can be answered from."""
-    forms = (
-        "a {t.size} {t.name} in the {t.place}",
-        "in the {t.place} a {t.size} {t.name}",
-        "{t.name}, {t.size}, {t.place}",
-    )
-    return " ".join(rng.choice(forms).format(t=thing) + "." for thing in rng.sample(scene, len(scene)))
+    things = rng.sample(scene, len(scene))
+    return ", ".join(f"{with_article(f'{thing.size} {thing.name}')} in the {thing.place}" for thing in things) + "."
 
 
 # ---- samples -----------------------------------------------------------------------------------------------------------
@@ -264,7 +260,8 @@ def text_samples(seed: int, count: int) -> Iterator[Sample]:
         rng = random.Random(f"text {seed} {i}")
         scene = random_scene(rng, held_out=None)
         description = full_description(scene, rng)
-        yield Sample(f"text-{i:06d}", text=f"{description} {facts(scene, rng)[0].statement(rng)}")
+        statements = ", ".join(fact.statement(rng) for fact in facts(scene, rng)[: rng.randint(1, 4)])
+        yield Sample(f"text-{i:06d}", text=f"{description} {statements}")
 
 
 def question_samples(seed: int, count: int) -> Iterator[Sample]:

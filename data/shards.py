@@ -140,9 +140,7 @@ def read_members(url: str) -> Iterator[dict]:
         raise DataError(f"shard {url}: empty (no sample in it); remove it or write it again")
 
 
-def read_shard(
-    url: str, start: int = 0, on_error: Callable[[Exception], None] | None = None
-) -> Iterator[tuple[int, Sample]]:
+def read_shard(url: str, start: int = 0, on_error: Callable[[Exception], None] | None = None) -> Iterator[tuple[int, Sample]]:
     """The samples of one shard with their number, from the `start`-th on.
 
     Args:

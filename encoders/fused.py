@@ -144,12 +144,10 @@ class FusedEncoder(Encoder):
         self.norm = make_norm(config)
         self.apply(init_weights)
         # A patch's vector starts at the size of a token's: pixels are about 0.5 off the mean.
-        nn.init.normal_(self.patches.weight, std=0.04 * (3 * config.patch_size**2) ** -0.5)
+        nn.init.normal_(self.patches.weight, std=2 * (3 * config.width * config.patch_size**2) ** -0.5)
         scale_residuals(self.blocks)
 
-    def forward(
-        self, pixels_N3HW: Tensor, tokens_M: Tensor, span_RS: Tensor, position_RS: Tensor, **places: Tensor
-    ) -> Tensor:
+    def forward(self, pixels_N3HW: Tensor, tokens_M: Tensor, span_RS: Tensor, position_RS: Tensor, **places: Tensor) -> Tensor:
         """States [R, S, D] of packed spans; `places` are the flat places of patches and tokens (see the processor)."""
         R, S = span_RS.shape
         places = {name.removesuffix("_places"): where for name, where in places.items()}

@@ -71,9 +71,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
     batch_size: Annotated[int, typer.Option(help="Prompts at a time; results do not depend on it.")] = 64,
     limit: Annotated[int, typer.Option(help="Evaluate so many samples only; 0: all.")] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="float32, or bfloat16 (faster, rounding depends on the batch).")
-    ] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 (faster, rounding depends on the batch).")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the draw of worked examples.")] = 0,
 ) -> None:
     """Score a model on shards."""

@@ -48,9 +48,7 @@ class CausalDecoder(nn.Module):
         """Token ids [...] to input vectors [..., D]; times sqrt(D) under sinusoids ("Attention Is All You Need", 3.4)."""
         return self.embedding(tokens) * self.scale
 
-    def forward(
-        self, x_BTD: Tensor, position_BT: Tensor, mask: Mask | str = "causal", cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, position_BT: Tensor, mask: Mask | str = "causal", cache: KVCache | None = None) -> Tensor:
         """Hidden states [B, T, D]; `logits` turns those that are needed into predictions."""
         return self.transformer(x_BTD, position_BT, mask, cache)
 

@@ -120,9 +120,7 @@ def print_summary(summary: dict) -> None:
 def report_demo(out: Path, summary: dict) -> Path:
     """Writes `report.html`: figures, curves, and pictures with questions and captions."""
     images = {
-        sample.key: sample.image
-        for part in ("vqa", "captioning-val")
-        for sample in read_samples(str(out / "scenes" / part))
+        sample.key: sample.image for part in ("vqa", "captioning-val") for sample in read_samples(str(out / "scenes" / part))
     }
     held_out = ", ".join(sorted(f"{color} {shape}" for color, shape in HELD_OUT))
     return write_report(

@@ -46,9 +46,7 @@ def read_model_config(name: str | Path) -> dict:
     return json.loads((find_export(name) / CONFIG).read_text())["model"]
 
 
-def save_pretrained(
-    weights: Mapping[str, Tensor], config: MetaLMConfig, tokenizer: Tokenizer, folder: str | Path
-) -> None:
+def save_pretrained(weights: Mapping[str, Tensor], config: MetaLMConfig, tokenizer: Tokenizer, folder: str | Path) -> None:
     """Writes an export.
 
     Args:

@@ -53,9 +53,7 @@ def import_dataset(name: str, **options: Any) -> Iterator[Sample]:
     parameters = inspect.signature(function).parameters
     for option in options:
         if option not in parameters:
-            raise DataError(
-                f"importer {name}: no option {option!r}{_hint(option, parameters)}; it has {', '.join(parameters)}"
-            )
+            raise DataError(f"importer {name}: no option {option!r}{_hint(option, parameters)}; it has {', '.join(parameters)}")
     for option, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and option not in options:
             raise DataError(f"importer {name}: the option {option!r} is missing")

@@ -48,9 +48,7 @@ def coco_captions(
 
 def _official(record: dict, path: str, split: str) -> dict[str, list[str]]:
     if split:
-        raise DataError(
-            f"split {split!r}: {path} is one split by itself; give no split, or Karpathy's dataset_coco.json"
-        )
+        raise DataError(f"split {split!r}: {path} is one split by itself; give no split, or Karpathy's dataset_coco.json")
     names = {image["id"]: image["file_name"] for image in record["images"]}
     captions: dict[str, list[str]] = {}
     for annotation in record.get("annotations", []):
@@ -69,9 +67,7 @@ def _karpathy(record: dict, path: str, split: str) -> dict[str, list[str]]:
     if unknown:
         raise DataError(f"split {unknown[0]!r}: {path} has {', '.join(there)} (join several with +)")
     return {
-        "/".join(filter(None, (image.get("filepath"), image["filename"]))): [
-            s["raw"].strip() for s in image["sentences"]
-        ]
+        "/".join(filter(None, (image.get("filepath"), image["filename"]))): [s["raw"].strip() for s in image["sentences"]]
         for image in record["images"]
         if image["split"] in wanted
     }

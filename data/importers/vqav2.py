@@ -37,9 +37,7 @@ def vqav2(
         DataError: a file or photo is missing, or questions and annotations do not belong together.
     """
     answers = read_json(annotations, "annotations") if annotations else {}
-    yield from vqa_samples(
-        images, questions, annotations, answers, skip_missing, lambda annotation: annotation["answer_type"]
-    )
+    yield from vqa_samples(images, questions, annotations, answers, skip_missing, lambda annotation: annotation["answer_type"])
 
 
 def vqa_samples(

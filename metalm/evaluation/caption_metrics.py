@@ -75,9 +75,7 @@ def caption_metrics(
     for name in (*dict.fromkeys(names), *(["spice"] if spice else [])):
         by_metric |= _SCORERS[name](referred, predicted)
     corpus = {name: 100 * float(score) for name, (score, _) in by_metric.items()}
-    samples = {
-        id_: {name: 100 * float(scores[i]) for name, (_, scores) in by_metric.items()} for i, id_ in enumerate(ids)
-    }
+    samples = {id_: {name: 100 * float(scores[i]) for name, (_, scores) in by_metric.items()} for i, id_ in enumerate(ids)}
     return corpus, samples
 
 

@@ -128,9 +128,7 @@ def loss_curve(metrics: str | Path | Iterable[Mapping], title: str = "Training")
         raise DataError(f"{where}: no row with a step and a finite loss, so there is no curve to draw")
     steps = sorted(rows)
     losses = [rows[step]["loss"] for step in steps]
-    speeds = [
-        (step, rows[step]["tokens_per_second"]) for step in steps if _is_number(rows[step].get("tokens_per_second"))
-    ]
+    speeds = [(step, rows[step]["tokens_per_second"]) for step in steps if _is_number(rows[step].get("tokens_per_second"))]
 
     canvas = Canvas(figsize=(5.4, 4 if speeds else 2.8), layout="constrained")
     axes = canvas.subplots(2 if speeds else 1, sharex=True, squeeze=False, height_ratios=[2, 1] if speeds else [1])
@@ -174,9 +172,7 @@ def vqa_gallery(
             ("answers", _answers(row["references"])),
         ]
         badge = mark if mark != "partly" else f"partly, {score:.2f}"
-        return GalleryItem(
-            _image(row, image_of), [line for line in lines if line[0] != "question" or line[1]], badge, mark
-        )
+        return GalleryItem(_image(row, image_of), [line for line in lines if line[0] != "question" or line[1]], badge, mark)
 
     return _gallery(rows, item, title, count)
 
@@ -304,9 +300,7 @@ def _card(item: GalleryItem) -> str:
     picture = f'<img src="{uri}" alt="" loading="lazy">' if uri else '<div class="no-image">no picture</div>'
     sign = {"right": "✓ ", "wrong": "✗ ", "partly": "◐ "}.get(item.mark, "")
     badge = f'<span class="badge {escape(item.mark)}">{sign}{escape(item.badge)}</span>' if item.badge else ""
-    lines = "".join(
-        f"<dt>{escape(label)}</dt><dd>{escape(str(text)) or '<i>empty</i>'}</dd>" for label, text in item.lines
-    )
+    lines = "".join(f"<dt>{escape(label)}</dt><dd>{escape(str(text)) or '<i>empty</i>'}</dd>" for label, text in item.lines)
     return f'<article class="{escape(item.mark)}">{picture}<div class="said">{badge}<dl>{lines}</dl></div></article>'
 
 

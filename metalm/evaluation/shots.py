@@ -43,9 +43,7 @@ def few_shot(
         if shots:
             others = [other for other in pool if key(other).split("/")[0] != own]
             if len(others) < shots:
-                raise DataError(
-                    f"{shots} shots need as many samples to draw from besides {own!r}; there are {len(others)}"
-                )
+                raise DataError(f"{shots} shots need as many samples to draw from besides {own!r}; there are {len(others)}")
             for demo in random.Random(f"{seed} {key(example)}").sample(others, shots):
                 segments += interface.answer(query(demo), answer(demo))
         prompts.append(Document([*segments, *query(example)], key(example)))

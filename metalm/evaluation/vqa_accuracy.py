@@ -41,10 +41,7 @@ _CONTRACTIONS = """
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 CONTRACTIONS = {
-    word[:i] + word[i + 1 :]: word
-    for word in _CONTRACTIONS.split()
-    for i, character in enumerate(word)
-    if character == "'"
+    word[:i] + word[i + 1 :]: word for word in _CONTRACTIONS.split() for i, character in enumerate(word) if character == "'"
 } | {"somebody'd": "somebodyd"}
 
 _NUMBER_WITH_COMMA = re.compile(r"\d,\d")

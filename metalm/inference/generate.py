@@ -81,9 +81,7 @@ class Decoding:
 
 
 @torch.inference_mode()
-def generate(
-    model: MetaLM, prompts: Sequence[Document], end: int, config: GenerationConfig | None = None
-) -> list[list[int]]:
+def generate(model: MetaLM, prompts: Sequence[Document], end: int, config: GenerationConfig | None = None) -> list[list[int]]:
     """New tokens of each prompt, without the end token.
 
     Args:
@@ -160,9 +158,7 @@ def beam_search(model: MetaLM, prompts: Sequence[Document], end: int, config: Ge
             rows += [n * W + beam for _, beam, _ in open_beams]
             tokens += [token for _, _, token in open_beams]
         texts = new_texts
-        if length == config.max_new_tokens or all(
-            _is_done(ended[n], float(scores_NW[n, 0]), length, config) for n in range(N)
-        ):
+        if length == config.max_new_tokens or all(_is_done(ended[n], float(scores_NW[n, 0]), length, config) for n in range(N)):
             break
         decoding.reorder(torch.tensor(rows, device=device))
         decoding.step(torch.tensor(tokens, device=device))

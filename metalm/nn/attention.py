@@ -48,9 +48,7 @@ class Mask:
         first_query: index of the first query among the keys; > 0 when a cache holds the keys before it.
     """
 
-    def __init__(
-        self, predicate: Predicate, rows: int, queries: int, keys: int, device: torch.device, first_query: int = 0
-    ):
+    def __init__(self, predicate: Predicate, rows: int, queries: int, keys: int, device: torch.device, first_query: int = 0):
         self.predicate = predicate
         self.rows, self.queries, self.keys = rows, queries, keys
         self.device = device
@@ -68,9 +66,7 @@ class Mask:
     @cached_property
     def additive(self) -> Tensor:
         """bfloat16 [B, 1, Q, K]: 0 where the query sees the key, -inf elsewhere."""
-        return torch.zeros(self.dense.shape, dtype=torch.bfloat16, device=self.device).masked_fill(
-            ~self.dense, float("-inf")
-        )
+        return torch.zeros(self.dense.shape, dtype=torch.bfloat16, device=self.device).masked_fill(~self.dense, float("-inf"))
 
     @cached_property
     def block(self):
@@ -121,9 +117,7 @@ def attend(
     if bias_1HQK is not None:
         bias = bias_1HQK.to(q_BHQD.dtype)
         attn_mask = bias if attn_mask is None else bias.masked_fill(~attn_mask, float("-inf"))
-    return F.scaled_dot_product_attention(
-        q_BHQD, k_BGKD, v_BGKD, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal
-    )
+    return F.scaled_dot_product_attention(q_BHQD, k_BGKD, v_BGKD, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
 
 
 def _short_rows(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Mask, dropout: float) -> Tensor:

@@ -1,6 +1,6 @@
 """One pre-norm Transformer stack for decoder, text encoder and towers; its choices are its `Config`.
 
-    x = x + attention(norm(x));  x = x + mlp(norm(x));  norm at the end
+x = x + attention(norm(x));  x = x + mlp(norm(x));  norm at the end
 """
 
 from __future__ import annotations
@@ -133,9 +133,7 @@ class Transformer(nn.Module):
         self.apply(init_weights)
         scale_residuals(self.blocks)
 
-    def forward(
-        self, x_BTD: Tensor, position_BT: Tensor, mask: Mask | str = "full", cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, position_BT: Tensor, mask: Mask | str = "full", cache: KVCache | None = None) -> Tensor:
         """States [B, T, D] from input vectors [B, T, D] and position ids int64 [B, T]."""
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(position_BT).to(x_BTD.dtype)
@@ -165,13 +163,18 @@ def make_positions(config: TransformerConfig) -> nn.Module | None:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Normal(0, 0.02) for matrices and embeddings, zero for biases (GPT-2's); learned positions start as sinusoids of the
-    same size, for which attending to a neighbour is one rotation and need not be learned place by place."""
+    """Normal with variance 1 / fan-in for matrices, 1 / width for embeddings, zero for biases: the same for any width.
+
+    Learned positions start as sinusoids of the embeddings' size, for which attending to a neighbour is one rotation and
+    need not be learned place by place.
+    """
     if isinstance(module, LearnedPositions):
+        positions, width = module.weight.shape
         with torch.no_grad():
-            module.weight.copy_(sinusoids(*module.weight.shape) * (0.02 * 2**0.5))
+            module.weight.copy_(sinusoids(positions, width) * (2 / width) ** 0.5)
     elif isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
-        nn.init.normal_(module.weight, std=0.02)
+        fan_in = module.weight[0].numel()  # an embedding's row is its width
+        nn.init.normal_(module.weight, std=fan_in**-0.5)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
 

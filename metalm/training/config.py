@@ -83,8 +83,7 @@ class RunConfig:
             raise ConfigError("training.validate_every is set, but data.validation names no source")
         if self.data.row_length > self.model.decoder.max_positions and self.model.decoder.positions == "learned":
             raise ConfigError(
-                f"data.row_length {self.data.row_length} exceeds model.decoder.max_positions "
-                f"{self.model.decoder.max_positions}"
+                f"data.row_length {self.data.row_length} exceeds model.decoder.max_positions {self.model.decoder.max_positions}"
             )
 
 

@@ -158,9 +158,7 @@ def full_weights(engine) -> dict[str, Tensor]:
     if partitioned:
         import deepspeed
     for name, tensor in module.state_dict(keep_vars=True).items():
-        gather = (
-            deepspeed.zero.GatheredParameters([tensor]) if partitioned and hasattr(tensor, "ds_id") else nullcontext()
-        )
+        gather = deepspeed.zero.GatheredParameters([tensor]) if partitioned and hasattr(tensor, "ds_id") else nullcontext()
         with gather:
             if dist.get_rank() == 0:
                 weights[name] = tensor.detach().cpu().clone()

@@ -84,9 +84,7 @@ def print_estimate(config: RunConfig) -> None:
     for name, counts in [*figures["parameters"].items(), ("total", figures["total"])]:
         parameters.add_row(name, f"{counts['all']:,}", f"{counts['trainable']:,}")
     console.print(parameters)
-    memory = Table(
-        "ranks", *figures["model_state_bytes"]["8"], title="Model states, GiB a rank (activations come on top)"
-    )
+    memory = Table("ranks", *figures["model_state_bytes"]["8"], title="Model states, GiB a rank (activations come on top)")
     for world, stages in figures["model_state_bytes"].items():
         memory.add_row(world, *(f"{size / 2**30:.2f}" for size in stages.values()))
     console.print(memory)

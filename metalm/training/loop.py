@@ -214,9 +214,7 @@ def validate(engine, config: RunConfig, interface: Interface) -> float:
     requires.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    shape = DataConfig(
-        config.data.train, [], config.data.row_length, config.data.rows, workers=0, block=config.data.block
-    )
+    shape = DataConfig(config.data.train, [], config.data.row_length, config.data.rows, workers=0, block=config.data.block)
     stream = PackedStream(config.data.validation, interface, shape, seed=0, repeat=False)
     total = torch.zeros(2, dtype=torch.float64)
     engine.eval()

@@ -29,9 +29,7 @@ def picture(color, kind="JPEG") -> bytes:
 
 def make_folder(folder, names) -> dict[str, bytes]:
     """Pictures of different colours under these names; returns their bytes."""
-    pictures = {
-        name: picture((10 * n, 0, 0), "PNG" if name.endswith("png") else "JPEG") for n, name in enumerate(names)
-    }
+    pictures = {name: picture((10 * n, 0, 0), "PNG" if name.endswith("png") else "JPEG") for n, name in enumerate(names)}
     for name, data in pictures.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -389,9 +387,7 @@ def test_text_by_blank_lines(tmp_path):
     samples = load("text", path=path)
     assert [sample.text for sample in samples] == ["One line.\nAnd another.", "Two.", "Three — é."]
     assert samples[0].key == "plain-00000001" and samples[0].image is None
-    assert [s.text for s in load("text", path=path, per_file=True)] == [
-        "One line.\nAnd another.\n\n  \nTwo.\n\n\nThree — é."
-    ]
+    assert [s.text for s in load("text", path=path, per_file=True)] == ["One line.\nAnd another.\n\n  \nTwo.\n\n\nThree — é."]
 
 
 def test_wikitext_runs_from_title_to_title(tmp_path):
@@ -526,13 +522,9 @@ def test_an_open_source_tells_what_was_missing(tmp_path):
 
 def test_real_captions(shared, tmp_path):
     folder = shared / "data/flickr8k"
-    samples = import_dataset(
-        "jsonl", annotations=folder / "captions.jsonl", images=folder / "images.zip", split="train"
-    )
+    samples = import_dataset("jsonl", annotations=folder / "captions.jsonl", images=folder / "images.zip", split="train")
     samples = list(islice(samples, 200))
-    assert (
-        samples[0].key == "1000268201_693b08cb0e" and samples[0].captions[1] == "A girl going into a wooden building ."
-    )
+    assert samples[0].key == "1000268201_693b08cb0e" and samples[0].captions[1] == "A girl going into a wooden building ."
     assert all(len(sample.captions) == 5 and sample.image[:2] == b"\xff\xd8" for sample in samples)
     write_shards(samples, tmp_path / "out", samples_per_shard=64)
     assert list(read_samples(str(tmp_path / "out"))) == samples

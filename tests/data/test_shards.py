@@ -34,9 +34,7 @@ def read_all(path) -> tuple[list[Sample], list[str]]:
 def test_round_trip_is_exact(tmp_path):
     samples = [
         Sample("photo", encode(), ["a red field", "ein rotes Feld, größer als „nichts“"]),
-        Sample(
-            "drawing", encode(kind="PNG"), questions=[Question("7", "what color?", ["red"] * 9 + ["pink"], type="what")]
-        ),
+        Sample("drawing", encode(kind="PNG"), questions=[Question("7", "what color?", ["red"] * 9 + ["pink"], type="what")]),
         Sample(
             "web",
             encode(kind="WEBP"),

@@ -110,7 +110,9 @@ def test_fine_tuning_starts_from_the_weights_and_tokenizer_of_the_other_run(tiny
 
 
 def test_weights_of_another_shape_are_named(tiny_yaml, finished, tmp_path):
-    with pytest.raises(CheckpointError, match=r"does not fit the model:\n.*decoder\.embedding\.weight: \(\d+, 32\) in the file, .* 16"):
+    with pytest.raises(
+        CheckpointError, match=r"does not fit the model:\n.*decoder\.embedding\.weight: \(\d+, 32\) in the file, .* 16"
+    ):
         overrides = [f"out={tmp_path / 'run'}", f"init_from={finished}", "model.decoder.width=16"]
         train(load_run_config(tiny_yaml, overrides))
 
@@ -157,7 +159,9 @@ def test_a_full_disk_is_said_and_earlier_checkpoints_stay(tiny_yaml, tmp_path):
     if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(out)]).returncode:
         pytest.skip("needs the right to mount a small file system")
     try:
-        with pytest.raises(TrainingError, match=r"could not be written .*is the disk full\? Checkpoints saved before are untouched"):
+        with pytest.raises(
+            TrainingError, match=r"could not be written .*is the disk full\? Checkpoints saved before are untouched"
+        ):
             train(load_run_config(tiny_yaml, [f"out={out}", "training.keep_checkpoints=9", "training.steps=12"]))
         left = checkpoints(out)
         assert left and all((folder / "rank-0.json").is_file() for folder in left)
