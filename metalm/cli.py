@@ -25,6 +25,12 @@ Shards = Annotated[str, typer.Option("--data", help="Shards: a folder, a tar, or
 Model = Annotated[str, typer.Option(help="A run, an export, or a Hugging Face Hub id.")]
 
 
+@app.callback()
+def launcher(local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0) -> None:
+    # DeepSpeed's launcher passes --local_rank, and sets LOCAL_RANK, which is what is read.
+    del local_rank
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, runs and report.")] = Path("runs/demo"),
@@ -36,11 +42,10 @@ def demo(
     run_demo(out, seed)
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command()
 def train(
     config: Annotated[str, typer.Argument(help="A YAML file, or a bundled one such as demo/pretrain.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=100.")] = None,
-    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     """Pretrain or fine-tune (init_from=RUN); the same command resumes a run that was stopped."""
     from metalm.training.config import load_run_config
@@ -53,7 +58,7 @@ def train(
         return
     from metalm.training.loop import train as run
 
-    print(f"export: {run(run_config)}")
+    run(run_config)
 
 
 @app.command()

@@ -61,7 +61,9 @@ def train(config: RunConfig) -> Path:
             reporter.message(f"resuming {run} at step {step:,}")
         finished = run_steps(engine, loader, config, step, reporter, interface)
         if finished:
-            return write_export(engine, tokenizer, run)
+            export = write_export(engine, tokenizer, run)
+            reporter.message(f"export: {export}")
+            return export
     raise TrainingError(f"stopped by a signal; the same command resumes from {checkpoints(run)[-1]}")
 
 
