@@ -89,9 +89,15 @@ class Interface:
         return self.read(image, [*self.encode(context, self.text_room - len(instruction)), *instruction])
 
     def answer(self, prompt: list[Text | Span], text: str) -> list[Text | Span]:
-        """The prompt with its answer as the target: a space joins them, `</s>` ends the turn."""
+        """The prompt with its answer as the target: a space joins them, `</s>` ends the turn.
+
+        Raises:
+            DataError: not a token of the answer would fit.
+        """
         room = self.max_length - sum(map(len, prompt)) - 1
-        return [*prompt, Text([*self.encode(" " + text.strip(), max(room, 0)), self.tokenizer.end])]
+        if room < 1:
+            raise DataError(f"a prompt of {sum(map(len, prompt))} positions leaves no room for an answer in {self.max_length}")
+        return [*prompt, Text([*self.encode(" " + text.strip(), room), self.tokenizer.end])]
 
 
 def image_text(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Document]:

@@ -87,7 +87,7 @@ class Position:
 class Source:
     """The samples of one source for one reader, epoch after epoch, from a position on."""
 
-    def __init__(self, config: SourceConfig, seed: int, reader: int, readers: int, repeat: bool):
+    def __init__(self, config: SourceConfig, seed: str, reader: int, readers: int, repeat: bool):
         self.config = config
         self.seed, self.reader, self.readers, self.repeat = seed, reader, readers, repeat
         self.shards = list_shards(config.shards)
@@ -103,7 +103,7 @@ class Source:
     def epoch_shards(self, epoch: int) -> list[str]:
         shards = list(self.shards)
         if self.repeat:
-            random.Random(f"{self.seed} {self.config.shards} {epoch}").shuffle(shards)
+            random.Random(f"{self.seed} {epoch}").shuffle(shards)
         return shards[self.reader :: self.readers]
 
     def __iter__(self) -> Iterator[Sample]:
@@ -145,7 +145,8 @@ class PackedStream(IterableDataset):
         self.make_sources(0, world * max(config.workers, 1))  # complains about too few shards before any worker starts
 
     def make_sources(self, reader: int, readers: int) -> list[Source]:
-        return [Source(config, self.seed, reader, readers, self.repeat) for config in self.sources]
+        # Seeded by number, not by path: the data may lie elsewhere when a run resumes.
+        return [Source(c, f"{self.seed} {i}", reader, readers, self.repeat) for i, c in enumerate(self.sources)]
 
     def __iter__(self) -> Iterator[Batch | DataError]:
         """The batches; in a worker process an error is handed over as an item, since raising would wrap it in a traceback."""
@@ -204,7 +205,8 @@ class PackedStream(IterableDataset):
                 try:
                     documents += self.lay_out(i, sample, sources[i].position.epoch)
                 except DataError as error:
-                    messages.append(str(error))
+                    named = sample.key in str(error)
+                    messages.append(str(error) if named else f"sample {sample.key!r}: {error}")
                 # In a block that is read again (skip), these are counted already.
                 self.check_broken(broken + (0 if skip else len(messages)), messages)
             if not documents and messages and block == 0:

@@ -209,6 +209,16 @@ def test_long_texts_are_cut_where_they_are_read(tokenizer):
     assert max(len(next(image_text(model, caption, random.Random(s)))) for s in range(20)) == 64
 
 
+def test_a_prompt_without_room_for_an_answer_is_refused(tokenizer):
+    model = interface(tokenizer, "image")
+    length = sum(map(len, model.prompt(IMAGE, QUESTION)))
+    model.max_length = length + 2
+    assert len(next(vqa(model, ASKED, random.Random(0))).segments[-1]) == 2
+    model.max_length = length + 1
+    with pytest.raises(DataError, match=f"a prompt of {length} positions leaves no room for an answer in {length + 1}"):
+        list(vqa(model, ASKED, random.Random(0)))
+
+
 def test_layouts_make_batches(tokenizer):
     """Every task through every kind of model, down to tensors."""
     rng = random.Random(0)

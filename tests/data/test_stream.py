@@ -99,6 +99,15 @@ def test_equal_seeds_give_equal_batches(data, interface):
     assert first != other
 
 
+def test_where_the_data_lie_does_not_matter(data, interface, tmp_path):
+    """A run may resume on another machine."""
+    import shutil
+
+    shutil.copytree(data, tmp_path / "moved")
+    here, there = (contents(take(loader(interface, settings(d)), 12)) for d in (data, tmp_path / "moved"))
+    assert here == there
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_do_not_change_what_a_reader_reads(data, interface, workers):
     """Reader r of R reads the same as a worker of one rank, or as a rank without workers."""
