@@ -79,25 +79,31 @@ class Interface:
         """Tokens that the encoder of text takes at once."""
         return self.processors[self.text].max_positions if self.text else self.max_length
 
-    def encode(self, text: str, room: int | None = None) -> list[int]:
-        """Token ids of a text, at most `room` of them."""
-        return self.tokenizer.encode(text)[: self.max_length if room is None else room]
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the space before it that it has in the middle of a sentence: wherever prompts and
+        answers are joined, the same words are then the same tokens."""
+        return self.tokenizer.encode(" " + text.strip())
+
+    def turn(self, text: str, room: int) -> list[int]:
+        """A text to predict with the `</s>` that ends it, cut to `room` tokens; what is cut does not end."""
+        return [*self.encode(text), self.tokenizer.end][:room]
 
     def prompt(self, image: bytes | None, text: str, context: str = "") -> list[Text | Span]:
         """An image and an instruction; a textual `context` goes before the instruction and is what gets cut for room."""
-        instruction = self.encode(" " + text if context else text, self.text_room)
-        return self.read(image, [*self.encode(context, self.text_room - len(instruction)), *instruction])
+        instruction = self.encode(text)[: self.text_room] if text else []
+        before = self.encode(context)[: self.text_room - len(instruction)] if context else []
+        return self.read(image, [*before, *instruction])
 
     def answer(self, prompt: list[Text | Span], text: str) -> list[Text | Span]:
-        """The prompt with its answer as the target: a space joins them, `</s>` ends the turn.
+        """The prompt with its answer as the target.
 
         Raises:
             DataError: not a token of the answer would fit.
         """
-        room = self.max_length - sum(map(len, prompt)) - 1
-        if room < 1:
-            raise DataError(f"a prompt of {sum(map(len, prompt))} positions leaves no room for an answer in {self.max_length}")
-        return [*prompt, Text([*self.encode(" " + text.strip(), room), self.tokenizer.end])]
+        length = sum(map(len, prompt))
+        if length + 2 > self.max_length:
+            raise DataError(f"a prompt of {length} positions leaves no room for an answer in {self.max_length}")
+        return [*prompt, Text(self.turn(text, self.max_length - length))]
 
 
 def image_text(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Document]:
@@ -107,8 +113,7 @@ def image_text(interface: Interface, sample: Sample, rng: random.Random) -> Iter
         raise DataError(f"sample {sample.key!r}: the task image_text needs an image and a caption")
     caption = rng.choice(sample.captions) if sample.captions else sample.text
     image_only = interface.read(sample.image, [])
-    room = interface.max_length - sum(map(len, image_only)) - 1
-    tokens = [*interface.encode(" " + caption.strip(), room), interface.tokenizer.end]
+    tokens = interface.turn(caption, interface.max_length - sum(map(len, image_only)))
     p = rng.randint(0, min(len(tokens) - 1, interface.text_room)) if interface.fused else 0
     yield Document([*interface.read(sample.image, tokens[:p]), Text(tokens[p:])], sample.key)
 

@@ -27,6 +27,7 @@ class Tokenizer:
     def __init__(self, backend):
         """Args: backend: a `tokenizers.Tokenizer`."""
         self.backend = backend
+        backend.encode_special_tokens = True  # "</s>" in somebody's text is text
         backend.no_truncation()  # some published files cut or pad every text
         backend.no_padding()
         self.size = max(backend.get_vocab().values()) + 1

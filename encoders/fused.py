@@ -18,7 +18,7 @@ from metalm.encoders.base import Collated, Encoder, EncoderConfig, Processor, pa
 from metalm.encoders.text import check_room
 from metalm.errors import ConfigError
 from metalm.nn.attention import Mask, same_document
-from metalm.nn.positions import LearnedPositions
+from metalm.nn.positions import LearnedPositions, rotary_tables
 from metalm.nn.transformer import MLP, Attention, TransformerConfig, init_weights, make_norm, scale_residuals
 
 PIXEL_MEAN = PIXEL_STD = 127.5  # to [-1, 1], as BEiT and VLMo
@@ -26,11 +26,14 @@ PIXEL_MEAN = PIXEL_STD = 127.5  # to [-1, 1], as BEiT and VLMo
 
 @dataclass(kw_only=True)
 class FusedEncoderConfig(TransformerConfig, EncoderConfig):
-    """A stack over `image_size` / `patch_size` squared patches and up to `max_positions` tokens."""
+    """A stack over `image_size` / `patch_size` squared patches and up to `max_positions` tokens.
+
+    Patches have learned positions; tokens have learned ones too (the paper's), or rotations, which find neighbours sooner.
+    """
 
     image_size: int = 224
     patch_size: int = 16
-    positions: Literal["learned"] = "learned"
+    positions: Literal["learned", "rotary"] = "learned"
     max_positions: int = 40
     experts: bool = False
     fusion_layers: int = 2
@@ -111,8 +114,10 @@ class FusedBlock(nn.Module):
         else:
             self.mlp = MLP(config)
 
-    def forward(self, x_RSD: Tensor, mask: Mask, places: dict[str, Tensor]) -> Tensor:
-        x_RSD = x_RSD + self.dropout(self.attention(self.attention_norm(x_RSD), mask))
+    def forward(
+        self, x_RSD: Tensor, mask: Mask, rotary: tuple[Tensor, Tensor] | None, places: dict[str, Tensor]
+    ) -> Tensor:
+        x_RSD = x_RSD + self.dropout(self.attention(self.attention_norm(x_RSD), mask, rotary))
         normed = self.mlp_norm(x_RSD)
         if not hasattr(self, "experts"):
             return x_RSD + self.dropout(self.mlp(normed))
@@ -135,7 +140,8 @@ class FusedEncoder(Encoder):
         self.width = config.width
         self.processor = FusedProcessor(config.image_size, config.num_patches, config.max_positions)
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.text_positions = LearnedPositions(config.max_positions, config.width)
+        if config.positions == "learned":
+            self.text_positions = LearnedPositions(config.max_positions, config.width)
         self.patches = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
         self.patch_positions = LearnedPositions(config.num_patches, config.width)
         self.dropout = nn.Dropout(config.dropout)
@@ -151,7 +157,12 @@ class FusedEncoder(Encoder):
         """States [R, S, D] of packed spans; `places` are the flat places of patches and tokens (see the processor)."""
         R, S = span_RS.shape
         places = {name.removesuffix("_places"): where for name, where in places.items()}
-        words = self.embedding(tokens_M) + self.text_positions(position_RS.flatten()[places["text"]])
+        words = self.embedding(tokens_M)
+        rotary = None
+        if self.config.positions == "rotary":
+            rotary = rotary_tables(position_RS, self.width // self.config.heads)
+        else:
+            words = words + self.text_positions(position_RS.flatten()[places["text"]])
         pixels = (pixels_N3HW.to(self.patches.weight.dtype) - PIXEL_MEAN) / PIXEL_STD
         patches = self.patches(pixels).flatten(2).transpose(1, 2) + self.patch_positions.weight
         x = words.new_zeros(R * S, self.width)
@@ -159,7 +170,7 @@ class FusedEncoder(Encoder):
         x_RSD = self.dropout(x.view(R, S, self.width))
         mask = Mask(same_document(span_RS), R, S, S, span_RS.device)
         for block in self.blocks:
-            x_RSD = block(x_RSD, mask, places)
+            x_RSD = block(x_RSD, mask, rotary, places)
         return self.norm(x_RSD)
 
     def layers(self) -> list[nn.Module]:

@@ -25,6 +25,7 @@ MODELS = {
     "text, perceiver": {"text": {**TEXT, "connector": PERCEIVER}},
     "fused": {"fused": {**FUSED, "connector": {"type": "feedforward"}}},
     "fused, experts": {"fused": {**FUSED, "experts": True, "connector": LINEAR}},
+    "fused, rotary": {"fused": {**FUSED, "positions": "rotary", "connector": LINEAR}},
     "fused, perceiver": {"fused": {**FUSED, "experts": True, "connector": PERCEIVER}},
     "both": {"text": {**TEXT, "connector": PERCEIVER}, "fused": {**FUSED, "connector": LINEAR}},
 }

@@ -78,7 +78,7 @@ def shape(segments: list[Text | Span], tokenizer: Tokenizer) -> list:
     ]
 
 
-QUESTION = "question: what color is the circle? answer:"
+QUESTION = " question: what color is the circle? answer:"
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_a_question_on_an_image_is_read_the_best_way_there_is(tokenizer, encoder
 @pytest.mark.parametrize(
     "encoders, expected",
     [
-        (["fused"], [("fused", False, "there is a red circle. question: what shape? answer:")]),
-        (["image", "text"], [("text", False, "there is a red circle. question: what shape? answer:")]),
-        ([], [("there is a red circle. question: what shape? answer:", False)]),
+        (["fused"], [("fused", False, " there is a red circle. question: what shape? answer:")]),
+        (["image", "text"], [("text", False, " there is a red circle. question: what shape? answer:")]),
+        ([], [(" there is a red circle. question: what shape? answer:", False)]),
     ],
 )
 def test_a_question_on_a_text(tokenizer, encoders, expected):
@@ -120,7 +120,7 @@ def test_training_and_evaluation_put_a_task_in_the_same_words(tokenizer):
     model = interface(tokenizer, "fused")
     (trained,) = captioning(model, PAIR, random.Random(0))
     assert trained.segments[:-1] == caption_query(model, PAIR)
-    assert shape(trained.segments, tokenizer) == [("fused", True, "caption:"), (f" {CAPTION}</s>", True)]
+    assert shape(trained.segments, tokenizer) == [("fused", True, " caption:"), (f" {CAPTION}</s>", True)]
     (trained,) = vqa(model, ASKED, random.Random(0))
     assert trained.segments[:-1] == question_query(model, ASKED, ASKED.questions[0])
 

@@ -27,7 +27,7 @@ def tiny_model(vocab_size: int, **decoder) -> MetaLM:
     model = MetaLM(build(MetaLMConfig, values, "test")).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():  # far from uniform predictions
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+            parameter.mul_(2).add_(torch.randn_like(parameter) * 0.1)
     return model
 
 
