@@ -1,6 +1,6 @@
 """The embedded world: pictures of coloured shapes, captions, text-only descriptions, and questions.
 
-Everything is drawn from a seed. A scene holds one to four objects (shape, colour, size) in cells of a 3 x 3 grid. Six of the
+Everything is drawn from a seed. A scene holds one to three objects (shape, colour) in cells of a 3 x 3 grid. Six of the
 36 colour-shape pairs are held out: no image of pretraining or fine-tuning shows one, every evaluated question is asked on
 an image that does.
 
@@ -34,10 +34,9 @@ COLORS = {
     "orange": (245, 125, 20),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 0.62, "large": 0.95}  # of a cell
 HELD_OUT = frozenset(zip(COLORS, SHAPES))  # the diagonal: each colour and each shape is seen in five other pairs
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
-NUMBERS = ("zero", "one", "two", "three", "four")
+NUMBERS = ("zero", "one", "two", "three")
 IMAGE_SIZE = 48
 CELL = IMAGE_SIZE // 3
 
@@ -48,7 +47,6 @@ class Thing:
 
     color: str
     shape: str
-    size: str
     row: int
     column: int
 
@@ -65,15 +63,15 @@ Scene = list[Thing]
 
 
 def random_scene(rng: random.Random, held_out: bool | None) -> Scene:
-    """One to four things in reading order.
+    """One to three things in reading order.
 
     Args:
         held_out: False: no held-out pair; True: at least one; None: as it comes.
     """
     while True:
-        cells = rng.sample(range(9), rng.choice((1, 2, 2, 3, 3, 4)))
+        cells = rng.sample(range(9), rng.choice((1, 2, 2, 3, 3)))
         things = [
-            Thing(rng.choice(list(COLORS)), rng.choice(SHAPES), rng.choice(list(SIZES)), *divmod(cell, 3))
+            Thing(rng.choice(list(COLORS)), rng.choice(SHAPES), *divmod(cell, 3))
             for cell in sorted(cells)
         ]
         found = any((thing.color, thing.shape) in HELD_OUT for thing in things)
@@ -90,7 +88,7 @@ def draw(scene: Scene, rng: random.Random) -> bytes:
     image = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), (grey, grey, grey))
     canvas = ImageDraw.Draw(image)
     for thing in scene:
-        radius = CELL * scale * SIZES[thing.size] * rng.uniform(0.46, 0.5)
+        radius = CELL * scale * rng.uniform(0.36, 0.5)
         slack = CELL * scale / 2 - radius
         x = (thing.column + 0.5) * CELL * scale + rng.uniform(-slack, slack)
         y = (thing.row + 0.5) * CELL * scale + rng.uniform(-slack, slack)
@@ -133,14 +131,9 @@ def plural(noun: str) -> str:
 
 
 def listing(scene: Scene, rng: random.Random) -> str:
-    """The things in any order, each with its colour and shape and now and then size or place."""
-    parts = []
-    for thing in rng.sample(scene, len(scene)):
-        size = f"{thing.size} " if rng.random() < 0.5 else ""
-        place = f" in the {thing.place}" if rng.random() < 0.5 else ""
-        parts.append(f"{with_article(size + thing.name)}{place}")
-    text = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-    return rng.choice(("{}", "there is {}", "a picture of {}", "we see {}")).format(text)
+    """The things with place, colour and shape, in any order and one of several frames."""
+    parts = [f"in the {t.place} {with_article(t.name)}" for t in rng.sample(scene, len(scene))]
+    return rng.choice(("{}", "there is {}", "a picture, {}", "we see {}")).format(", ".join(parts))
 
 
 @dataclass(frozen=True)
@@ -174,7 +167,6 @@ def _attributes(scene: Scene) -> Iterator[Fact]:
         name = thing.shape
         yield Fact("color", (f"the color of the {name} is", f"the {name} is"), (f"what color is the {name}?",), thing.color)
         yield Fact("place", (f"the place of the {name} is",), (f"where is the {name}?",), thing.place)
-        yield Fact("size", (f"the size of the {name} is",), (f"what size is the {name}?",), thing.size)
     for thing in _unique(scene, lambda thing: thing.color):
         name = f"{thing.color} thing"
         yield Fact("shape", (f"the shape of the {name} is a", f"the {name} is a"), (f"what shape is the {name}?",), thing.shape)
@@ -215,25 +207,22 @@ def _relations(scene: Scene) -> Iterator[Fact]:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A caption of pretraining: a statement, a listing, or a listing with a statement."""
+    """A caption of pretraining: a listing, statements, or a listing with statements."""
+    statements = [fact.statement(rng) for fact in facts(scene, rng)]
     form = rng.random()
-    if form < 0.65:
-        return facts(scene, rng)[0].statement(rng)
-    if form < 0.85:
+    if form < 0.4:
+        return statements[0]
+    if form < 0.6:
+        return ", ".join(statements[: rng.randint(2, 4)])
+    if form < 0.8:
         return listing(scene, rng)
-    return f"{listing(scene, rng)}, {facts(scene, rng)[0].statement(rng)}"
+    return ", ".join([listing(scene, rng), *statements[: rng.randint(1, 3)]])
 
 
 def canonical_caption(scene: Scene) -> str:
-    """The fixed form of fine-tuning: every thing with size, colour and shape, in reading order."""
-    parts = [with_article(f"{thing.size} {thing.name}") for thing in scene]
+    """The fixed form of fine-tuning: every thing with colour and shape, in reading order."""
+    parts = [with_article(thing.name) for thing in scene]
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-
-
-def full_description(scene: Scene, rng: random.Random) -> str:
-    """Every thing with all its attributes: what a question on text can be answered from."""
-    things = rng.sample(scene, len(scene))
-    return ", ".join(f"{with_article(f'{thing.size} {thing.name}')} in the {thing.place}" for thing in things) + "."
 
 
 # ---- samples -----------------------------------------------------------------------------------------------------------
@@ -259,7 +248,7 @@ def text_samples(seed: int, count: int) -> Iterator[Sample]:
     for i in range(count):
         rng = random.Random(f"text {seed} {i}")
         scene = random_scene(rng, held_out=None)
-        description = full_description(scene, rng)
+        description = listing(scene, rng) + "."
         statements = ", ".join(fact.statement(rng) for fact in facts(scene, rng)[: rng.randint(1, 4)])
         yield Sample(f"text-{i:06d}", text=f"{description} {statements}")
 
@@ -268,7 +257,7 @@ def question_samples(seed: int, count: int) -> Iterator[Sample]:
     for i in range(count):
         rng = random.Random(f"questions {seed} {i}")
         scene = random_scene(rng, held_out=None)
-        yield Sample(f"question-{i:06d}", text=full_description(scene, rng), questions=ask(scene, rng, 2))
+        yield Sample(f"question-{i:06d}", text=listing(scene, rng) + ".", questions=ask(scene, rng, 2))
 
 
 def vqa_samples(seed: int, count: int) -> Iterator[Sample]:

@@ -21,8 +21,6 @@ from metalm.nn.attention import Mask, same_document
 from metalm.nn.positions import LearnedPositions, rotary_tables
 from metalm.nn.transformer import MLP, Attention, TransformerConfig, init_weights, make_norm, scale_residuals
 
-PIXEL_MEAN = PIXEL_STD = 127.5  # to [-1, 1], as BEiT and VLMo
-
 
 @dataclass(kw_only=True)
 class FusedEncoderConfig(TransformerConfig, EncoderConfig):
@@ -99,6 +97,28 @@ class FusedProcessor(Processor):
         return {"tokens": [0]}
 
 
+class PatchEmbedding(nn.Module):
+    """Pixels of each patch, normalised, to one vector of the size of a token's embedding.
+
+    Raw pixels share a large mean (a white wall), which an optimizer's step multiplies by the number of pixels; normalised
+    ones train at the rate of the other matrices. Source: Dual PatchNorm (arXiv 2302.01327), the norm before the map.
+    """
+
+    def __init__(self, patch_size: int, width: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.norm = nn.LayerNorm(3 * patch_size**2)
+        self.map = nn.Linear(3 * patch_size**2, width)
+        self.scale = width**-0.5
+
+    def forward(self, pixels_N3HW: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] -> [N, P, D], patches in reading order."""
+        N, C, H, W = pixels_N3HW.shape
+        p = self.patch_size
+        patches = pixels_N3HW.view(N, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(N, -1, C * p * p)
+        return self.map(self.norm(patches.to(self.map.weight.dtype) / 255)) * self.scale
+
+
 class FusedBlock(nn.Module):
     """Shared attention, then one network for all positions or one a modality."""
 
@@ -114,9 +134,7 @@ class FusedBlock(nn.Module):
         else:
             self.mlp = MLP(config)
 
-    def forward(
-        self, x_RSD: Tensor, mask: Mask, rotary: tuple[Tensor, Tensor] | None, places: dict[str, Tensor]
-    ) -> Tensor:
+    def forward(self, x_RSD: Tensor, mask: Mask, rotary: tuple[Tensor, Tensor] | None, places: dict[str, Tensor]) -> Tensor:
         x_RSD = x_RSD + self.dropout(self.attention(self.attention_norm(x_RSD), mask, rotary))
         normed = self.mlp_norm(x_RSD)
         if not hasattr(self, "experts"):
@@ -142,15 +160,13 @@ class FusedEncoder(Encoder):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         if config.positions == "learned":
             self.text_positions = LearnedPositions(config.max_positions, config.width)
-        self.patches = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+        self.patches = PatchEmbedding(config.patch_size, config.width)
         self.patch_positions = LearnedPositions(config.num_patches, config.width)
         self.dropout = nn.Dropout(config.dropout)
         first_fusion = config.layers - config.fusion_layers
         self.blocks = nn.ModuleList(FusedBlock(config, layer >= first_fusion) for layer in range(config.layers))
         self.norm = make_norm(config)
         self.apply(init_weights)
-        # A patch's vector starts at the size of a token's: pixels are about 0.5 off the mean.
-        nn.init.normal_(self.patches.weight, std=2 * (3 * config.width * config.patch_size**2) ** -0.5)
         scale_residuals(self.blocks)
 
     def forward(self, pixels_N3HW: Tensor, tokens_M: Tensor, span_RS: Tensor, position_RS: Tensor, **places: Tensor) -> Tensor:
@@ -163,8 +179,7 @@ class FusedEncoder(Encoder):
             rotary = rotary_tables(position_RS, self.width // self.config.heads)
         else:
             words = words + self.text_positions(position_RS.flatten()[places["text"]])
-        pixels = (pixels_N3HW.to(self.patches.weight.dtype) - PIXEL_MEAN) / PIXEL_STD
-        patches = self.patches(pixels).flatten(2).transpose(1, 2) + self.patch_positions.weight
+        patches = self.patches(pixels_N3HW) + self.patch_positions.weight
         x = words.new_zeros(R * S, self.width)
         x = x.index_copy(0, places["text"], words).index_copy(0, places["patch"], patches.flatten(0, 1))
         x_RSD = self.dropout(x.view(R, S, self.width))
