@@ -147,19 +147,47 @@ def data_scenes(
         print(f"{out / name}: {count:,} samples")
 
 
-@data_app.command("import", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@data_app.command(
+    "import", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
 def data_import(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="flickr8k, coco-captions, vqav2, okvqa, daquar, text, or jsonl.")],
-    out: Out,
+    name: Annotated[str, typer.Argument(help="flickr8k, coco-captions, vqav2, okvqa, daquar, text, or jsonl.")] = "--help",
+    out: Annotated[Path | None, typer.Option(help="Where to write.")] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Fewer makes more shards, for more workers.")] = 512,
 ) -> None:
-    """Shards from a data set's own files; options of the importer follow as --name value (see the README)."""
-    from metalm.data.importers import import_dataset
+    """Shards from a data set's own files: NAME --out SHARDS, then the importer's options (NAME --help lists them)."""
+    from metalm.data.importers import IMPORTERS, import_dataset
     from metalm.data.shards import write_shards
+    from metalm.errors import ConfigError
 
-    index = write_shards(import_dataset(name, **parse_options(context.args)), out, samples_per_shard, source=name)
+    if name == "--help":
+        print("metalm data import NAME --out SHARDS [--samples-per-shard N] [the importer's options, see NAME --help]\n")
+        print("\n".join(f"  {key:14s} {importer.help}" for key, importer in IMPORTERS.items()))
+        return
+    if name in IMPORTERS and "--help" in context.args:
+        print(describe_importer(name))
+        return
+    options = parse_options(context.args)
+    if out is None:
+        raise ConfigError("--out is missing: where to write the shards")
+    index = write_shards(import_dataset(name, **options), out, samples_per_shard, source=name)
     print(f"{out}: {index['num_samples']:,} samples in {len(index['shards'])} shards")
+
+
+def describe_importer(name: str) -> str:
+    """An importer's options with their defaults, and its documentation."""
+    import inspect
+
+    from metalm.data.importers import IMPORTERS
+
+    function = IMPORTERS[name].function
+    lines = [f"metalm data import {name} --out SHARDS, with"]
+    for parameter in inspect.signature(function).parameters.values():
+        option = "--" + parameter.name.replace("_", "-")
+        default = "required" if parameter.default is inspect.Parameter.empty else f"default: {parameter.default!r}"
+        lines.append(f"  {option:24s} {default}")
+    return "\n".join([*lines, "", inspect.getdoc(function) or ""])
 
 
 def parse_options(arguments: list[str]) -> dict[str, str | bool]:
