@@ -2,8 +2,8 @@
 
 In a text file a blank line ends a document. WikiText is the exception: there a blank line stands around every heading,
 so once a paragraph is a title of the first level (` = Robert Boulter = `), the document runs from title to title and
-keeps its inner headings and blank lines. With `per_file` a whole file is one document. In a .jsonl file each row is
-one. Any of these may be .gz; a folder is searched for .txt and .jsonl files, in the order of their paths.
+keeps its inner headings and blank lines. `per` says otherwise: a whole file or each line is one. In a .jsonl file each row
+is. Any of these may be .gz; a folder is searched for .txt and .jsonl files, in the order of their paths.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ TITLE = re.compile(r"\s*= [^=].* =\s*")
 FOLDER_FILES = re.compile(r".*\.(txt|jsonl)(\.gz)?")
 
 
-def text(path: str | Path, text_column: str = "text", per_file: bool = False) -> Iterator[Sample]:
+def text(path: str | Path, text_column: str = "text", per: str = "document") -> Iterator[Sample]:
     """The documents of a file or folder, each a sample without an image.
 
     Args:
         path: a text file, a .jsonl file, either as .gz, or a folder of these.
         text_column: the field of a .jsonl row that holds the text.
-        per_file: a text file is one document, blank lines and all.
+        per: what of a text file is one sample: document, line, or file (blank lines and all).
 
     Raises:
-        DataError: there is no such file or folder, no document in it, or a row without the field.
+        DataError: `per` is none of these, there is no such file or folder, no document in it, or a row without the field.
     """
+    if per not in ("document", "line", "file"):
+        raise DataError(f"importer text: --per {per!r}: one of document, line, file")
     number = 0
     for file in _files(Path(path)):
         stem = re.sub(r"[^\w-]+", "_", file.name.removesuffix(".gz").rpartition(".")[0] or file.name)
-        for document in _documents(file, text_column, per_file):
+        for document in _documents(file, text_column, per):
             number += 1
             yield Sample(f"{stem}-{number:08d}", text=document)
     if not number:
@@ -68,14 +70,16 @@ def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
         yield "\n".join(paragraph)
 
 
-def _documents(file: Path, text_column: str, per_file: bool) -> Iterator[str]:
+def _documents(file: Path, text_column: str, per: str) -> Iterator[str]:
     if file.name.removesuffix(".gz").endswith(".jsonl"):
         for number, row in read_jsonl(file):
             if not isinstance(row.get(text_column), str):
                 raise DataError(f"{file}, line {number}: no text in column {text_column!r}; columns: {', '.join(row)}")
             if row[text_column].strip():
                 yield row[text_column].strip()
-    elif per_file:
+    elif per == "line":
+        yield from (line.strip() for _, line in read_lines(file) if line.strip())
+    elif per == "file":
         document = "\n".join(line for _, line in read_lines(file)).strip()
         if document:
             yield document

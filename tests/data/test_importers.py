@@ -387,7 +387,10 @@ def test_text_by_blank_lines(tmp_path):
     samples = load("text", path=path)
     assert [sample.text for sample in samples] == ["One line.\nAnd another.", "Two.", "Three — é."]
     assert samples[0].key == "plain-00000001" and samples[0].image is None
-    assert [s.text for s in load("text", path=path, per_file=True)] == ["One line.\nAnd another.\n\n  \nTwo.\n\n\nThree — é."]
+    assert [s.text for s in load("text", path=path, per="file")] == ["One line.\nAnd another.\n\n  \nTwo.\n\n\nThree — é."]
+    assert [s.text for s in load("text", path=path, per="line")] == ["One line.", "And another.", "Two.", "Three — é."]
+    with pytest.raises(DataError, match="one of document, line, file"):
+        load("text", path=path, per="word")
 
 
 def test_wikitext_runs_from_title_to_title(tmp_path):
