@@ -115,7 +115,7 @@ class PatchEmbedding(nn.Module):
         """uint8 [N, 3, H, W] -> [N, P, D], patches in reading order."""
         N, C, H, W = pixels_N3HW.shape
         p = self.patch_size
-        patches = pixels_N3HW.view(N, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(N, -1, C * p * p)
+        patches = pixels_N3HW.view(N, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(N, H * W // p**2, C * p * p)
         return self.map(self.norm(patches.to(self.map.weight.dtype) / 255)) * self.scale
 
 
