@@ -168,3 +168,37 @@ def test_a_full_disk_is_said_and_earlier_checkpoints_stay(tiny_yaml, tmp_path):
         assert not list((out / "checkpoints").glob("*.partial"))
     finally:
         subprocess.run(["umount", "--lazy", str(out)], check=True)
+
+
+def test_validation_loss_is_that_of_the_whole_set_and_tensorboard_holds_the_same(tiny_yaml, scenes, tmp_path):
+    """The loss that the run logs at its last step, computed again from the export in one plain loop."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from metalm.data.stream import PackedStream
+    from metalm.training.loop import make_interface
+
+    out = tmp_path / "run"
+    validation = [{"shards": str(scenes / "captioning-val"), "task": "captioning"}]
+    overrides = [f"data.validation={json.dumps(validation)}", "training.validate_every=4", "training.tensorboard=true"]
+    config = load_run_config(tiny_yaml, [*overrides, f"out={out}"])
+    train(config)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    logged = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    assert sorted(logged) == [4, 6]
+
+    model, tokenizer = load_pretrained(out)
+    interface = make_interface(model, tokenizer, config.data.row_length)
+    stream = PackedStream(config.data.validation, interface, config.data, repeat=False)
+    batches = list(stream)
+    with torch.no_grad():
+        loss = sum(float(model(batch)) for batch in batches) / sum(batch.num_targets for batch in batches)
+    assert logged[6] == pytest.approx(loss, rel=1e-5)
+
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert {e.step: e.value for e in events.Scalars("val_loss")} == pytest.approx(logged)
+
+
+def test_validation_without_data_is_refused(tiny_yaml):
+    with pytest.raises(ConfigError, match=r"training\.validate_every is set, but data\.validation names no source"):
+        load_run_config(tiny_yaml, ["training.validate_every=2"])

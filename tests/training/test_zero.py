@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 WORKER = Path(__file__).with_name("zero_worker.py")
-STAGES = ("zero0", "zero1", "zero2", "zero3")
+STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 
 
 def free_port() -> int:
