@@ -207,16 +207,11 @@ def _relations(scene: Scene) -> Iterator[Fact]:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A caption of pretraining: a listing, statements, or a listing with statements."""
-    statements = [fact.statement(rng) for fact in facts(scene, rng)]
-    form = rng.random()
-    if form < 0.4:
-        return statements[0]
-    if form < 0.6:
-        return ", ".join(statements[: rng.randint(2, 4)])
-    if form < 0.8:
-        return listing(scene, rng)
-    return ", ".join([listing(scene, rng), *statements[: rng.randint(1, 3)]])
+    """A caption of pretraining: one statement, or a listing.
+
+    Most end where a fact is told, as answers do; after longer ones the model would go on talking when it is asked.
+    """
+    return facts(scene, rng)[0].statement(rng) if rng.random() < 0.75 else listing(scene, rng)
 
 
 def canonical_caption(scene: Scene) -> str:
