@@ -106,16 +106,29 @@ class Interface:
         return [*prompt, Text(self.turn(text, self.max_length - length))]
 
 
-def image_text(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Document]:
+def image_text(interface: Interface, sample: Sample, rng: random.Random, captions: int = 1) -> Iterator[Document]:
     """The pretraining pair: a random-length prefix of the caption goes with the image into a fused encoder, the decoder
-    predicts the rest; without a fused encoder it predicts the whole caption."""
+    predicts the rest; without a fused encoder it predicts the whole caption.
+
+    Args:
+        captions: so many of the sample's captions follow each other as turns, which shares the image's positions among
+            them; only the first has a prefix. Those that do not fit are left out.
+    """
     if sample.image is None or not (sample.captions or sample.text):
         raise DataError(f"sample {sample.key!r}: the task image_text needs an image and a caption")
-    caption = rng.choice(sample.captions) if sample.captions else sample.text
+    first, *others = rng.sample(sample.captions, min(captions, len(sample.captions))) if sample.captions else [sample.text]
     image_only = interface.read(sample.image, [])
-    tokens = interface.turn(caption, interface.max_length - sum(map(len, image_only)))
+    room = interface.max_length - sum(map(len, image_only))
+    tokens = interface.turn(first, room)
     p = rng.randint(0, min(len(tokens) - 1, interface.text_room)) if interface.fused else 0
-    yield Document([*interface.read(sample.image, tokens[:p]), Text(tokens[p:])], sample.key)
+    targets = list(tokens[p:])
+    room -= len(tokens)
+    for caption in others:
+        turn = interface.turn(caption, interface.max_length)
+        if len(turn) <= room:
+            targets += turn
+            room -= len(turn)
+    yield Document([*interface.read(sample.image, tokens[:p]), Text(targets)], sample.key)
 
 
 def text(interface: Interface, sample: Sample, rng: random.Random, objective: Objective) -> Iterator[Document]:

@@ -32,12 +32,14 @@ from metalm.segments import Batch, Document, load_spans, make_batch
 class SourceConfig:
     """One part of the mixture: shards, the task that lays them out, and how often it is drawn.
 
-    `objective` is for the task `text` alone, which cannot do without.
+    `objective` is for the task `text` alone, which cannot do without; `captions` is for `image_text`: so many of an image's
+    captions make one document.
     """
 
     shards: str | list[str]
     task: str
     weight: float = 1.0
+    captions: int = 1
     objective: object = plugin(OBJECTIVES, default=None)
 
     def __post_init__(self):
@@ -47,6 +49,8 @@ class SourceConfig:
             raise ConfigError(f"no task is called {self.task!r}{did_you_mean(self.task, list(TASKS))}")
         if self.weight <= 0:
             raise ConfigError(f"weight {self.weight} must be positive")
+        if self.captions < 1 or (self.captions > 1 and self.task != "image_text"):
+            raise ConfigError(f"captions {self.captions} must be at least 1, and 1 for any task but image_text")
         if (self.task == "text") != (self.objective is not None):
             raise ConfigError(f"the task {self.task!r} takes {'an' if self.task == 'text' else 'no'} objective")
 
@@ -242,6 +246,8 @@ class PackedStream(IterableDataset):
         """The sample's documents; chance depends on seed, epoch and key alone, not on who reads it."""
         rng = random.Random(f"{self.seed} {epoch} {i} {sample.key}")
         arguments = {"objective": self.objectives[i]} if self.objectives[i] else {}
+        if self.sources[i].captions > 1:
+            arguments["captions"] = self.sources[i].captions
         documents = list(TASKS[self.sources[i].task](self.interface, sample, rng, **arguments))
         for document in documents:
             if len(document) > self.config.row_length:

@@ -270,3 +270,30 @@ def test_an_image_alone_is_a_prompt(tokenizer):
         segments = interface(tokenizer, *encoders).prompt(IMAGE, "")
         assert [len(s) for s in segments if len(s)] == [PATCHES]
         assert lay_out(Document([*segments, Text([7])]))[1] == [IGNORE] * 3 + [7, IGNORE]
+
+
+def test_several_captions_of_an_image_follow_each_other_as_turns(tokenizer):
+    sample = Sample("many", b"picture", captions=["a dog", "a cat", "a cow", "a hen " * 60])
+    model = interface(tokenizer, "image")
+    seen = set()
+    for seed in range(40):
+        (document,) = image_text(model, sample, random.Random(seed), captions=3)
+        *turns, rest = shape(document.segments, tokenizer)[1][0].split("</s>")
+        assert len(document) <= model.max_length
+        short = [turn for turn in turns if turn in (" a dog", " a cat", " a cow")]
+        if rest:  # the long caption came first, was cut to the row, and does not end
+            assert rest.startswith(" a hen a hen") and not turns
+        else:  # the long one, drawn later, is left out
+            assert turns == short and len(turns) == len(set(turns)) in (2, 3)
+        seen.add(len(turns))
+    assert seen == {0, 2, 3}
+
+
+def test_only_the_first_caption_has_a_prefix_in_the_encoder(tokenizer):
+    sample = Sample("many", b"picture", captions=["a dog runs", "a cat sits"])
+    for seed in range(20):
+        (document,) = image_text(interface(tokenizer, "fused"), sample, random.Random(seed), captions=2)
+        span, spoken = document.segments
+        whole = tokenizer.backend.decode([*span.inputs["tokens"], *spoken.tokens], skip_special_tokens=False)
+        assert whole in (" a dog runs</s> a cat sits</s>", " a cat sits</s> a dog runs</s>")
+        assert len(spoken.tokens) > len(tokenizer.encode(" a cat sits"))
