@@ -89,10 +89,15 @@ class Interface:
         return [*self.encode(text), self.tokenizer.end][:room]
 
     def prompt(self, image: bytes | None, text: str, context: str = "") -> list[Text | Span]:
-        """An image and an instruction; a textual `context` goes before the instruction and is what gets cut for room."""
+        """An instruction on an image, or on a textual `context` in its place; the context is what gets cut for room.
+
+        A fused encoder reads all of it at once, as it does image and instruction; others read the two one by one.
+        """
         instruction = self.encode(text)[: self.text_room] if text else []
-        before = self.encode(context)[: self.text_room - len(instruction)] if context else []
-        return self.read(image, [*before, *instruction])
+        before = self.encode(context)[: self.text_room] if context else []
+        if self.fused or not before:
+            return self.read(image, [*before[: self.text_room - len(instruction)], *instruction])
+        return [*self.read(None, before), *self.read(None, instruction)]
 
     def answer(self, prompt: list[Text | Span], text: str) -> list[Text | Span]:
         """The prompt with its answer as the target.
@@ -107,28 +112,33 @@ class Interface:
 
 
 def image_text(interface: Interface, sample: Sample, rng: random.Random, captions: int = 1) -> Iterator[Document]:
-    """The pretraining pair: a random-length prefix of the caption goes with the image into a fused encoder, the decoder
-    predicts the rest; without a fused encoder it predicts the whole caption.
+    """The pretraining pair: a random-length prefix of the caption is read with the image, the decoder predicts the rest.
+
+    A fused encoder reads image and prefix together, a text encoder reads the prefix alone; a model without either predicts
+    the whole caption. A sample with a text in place of the image is laid out in the same way.
 
     Args:
         captions: so many of the sample's captions follow each other as turns, which shares the image's positions among
-            them; only the first has a prefix. Those that do not fit are left out.
+            them. Those that do not fit are left out.
     """
-    if sample.image is None or not (sample.captions or sample.text):
-        raise DataError(f"sample {sample.key!r}: the task image_text needs an image and a caption")
-    first, *others = rng.sample(sample.captions, min(captions, len(sample.captions))) if sample.captions else [sample.text]
-    image_only = interface.read(sample.image, [])
-    room = interface.max_length - sum(map(len, image_only))
-    tokens = interface.turn(first, room)
-    p = rng.randint(0, min(len(tokens) - 1, interface.text_room)) if interface.fused else 0
-    targets = list(tokens[p:])
-    room -= len(tokens)
-    for caption in others:
-        turn = interface.turn(caption, interface.max_length)
-        if len(turn) <= room:
-            targets += turn
-            room -= len(turn)
-    yield Document([*interface.read(sample.image, tokens[:p]), Text(targets)], sample.key)
+    if not (sample.image or sample.text) or not sample.captions:
+        raise DataError(f"sample {sample.key!r}: the task image_text needs captions of an image (or of a text)")
+    first, *others = rng.sample(sample.captions, min(captions, len(sample.captions)))
+    context = interface.prompt(sample.image, "", sample.text if sample.image is None else "")
+    room = interface.max_length - sum(map(len, context))
+    segments = context
+    for caption in (first, *others):
+        tokens = interface.turn(caption, room if caption is first else interface.max_length)
+        if len(tokens) > room:
+            continue
+        p = rng.randint(0, min(len(tokens) - 1, interface.text_room)) if interface.text else 0
+        if caption is first and interface.fused and sample.image is not None:
+            segments = interface.read(sample.image, tokens[:p])
+        else:
+            segments = [*segments, *interface.read(None, tokens[:p])]
+        segments = [*segments, Text(tokens[p:])]
+        room -= len(tokens)
+    yield Document(segments, sample.key)
 
 
 def text(interface: Interface, sample: Sample, rng: random.Random, objective: Objective) -> Iterator[Document]:

@@ -70,10 +70,7 @@ def random_scene(rng: random.Random, held_out: bool | None) -> Scene:
     """
     while True:
         cells = rng.sample(range(9), rng.choice((1, 2, 2, 3, 3)))
-        things = [
-            Thing(rng.choice(list(COLORS)), rng.choice(SHAPES), *divmod(cell, 3))
-            for cell in sorted(cells)
-        ]
+        things = [Thing(rng.choice(list(COLORS)), rng.choice(SHAPES), *divmod(cell, 3)) for cell in sorted(cells)]
         found = any((thing.color, thing.shape) in HELD_OUT for thing in things)
         if held_out is None or found == held_out:
             return things
@@ -239,13 +236,11 @@ def image_samples(seed: int, count: int) -> Iterator[Sample]:
 
 
 def text_samples(seed: int, count: int) -> Iterator[Sample]:
-    """Descriptions with statements as `text_`, the same form with questions as `ask_`: two samples a scene."""
+    """Descriptions of scenes that are not drawn, with captions as an image has them."""
     for i in range(count):
         rng = random.Random(f"text {seed} {i}")
         scene = random_scene(rng, held_out=None)
-        description = listing(scene, rng) + "."
-        statements = ", ".join(fact.statement(rng) for fact in facts(scene, rng)[: rng.randint(1, 4)])
-        yield Sample(f"text-{i:06d}", text=f"{description} {statements}")
+        yield Sample(f"text-{i:06d}", text=listing(scene, rng) + ".", captions=[caption(scene, rng) for _ in range(5)])
 
 
 def question_samples(seed: int, count: int) -> Iterator[Sample]:

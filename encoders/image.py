@@ -48,7 +48,9 @@ class ImageTower(Encoder):
         self.register_buffer("pixel_std", 255 * torch.tensor(std)[:, None, None], persistent=False)
 
     def normalize(self, pixels_N3HW: Tensor) -> Tensor:
-        return (pixels_N3HW.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+        """In float32, then as the weights are: buffers need not share their precision (under DeepSpeed they do not)."""
+        pixels = (pixels_N3HW - self.pixel_mean) / self.pixel_std
+        return pixels.to(next(self.model.parameters()).dtype)
 
     def checked(self, states_NPD: Tensor) -> Tensor:
         """The states, if they are one a patch: a tower that pools them would be read at the wrong places."""

@@ -18,7 +18,7 @@ from metalm.nn.transformer import Transformer, TransformerConfig, init_weights
 class TextEncoderConfig(TransformerConfig, EncoderConfig):
     """A stack with a vocabulary (0: the tokenizer's); spans longer than `max_positions` are refused."""
 
-    positions: Literal["learned"] = "learned"
+    positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
     relative_bias: bool = True
     max_positions: int = 512
     vocab_size: int = 0

@@ -79,7 +79,5 @@ def test_scenes_are_the_same_for_the_same_seed_and_others_for_another(tmp_path):
 
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         write_scenes(tmp_path / name, seed, size=16)
-    tars = {
-        name: [path.read_bytes() for path in sorted((tmp_path / name).rglob("*.tar"))] for name in ("a", "b", "c")
-    }
+    tars = {name: [path.read_bytes() for path in sorted((tmp_path / name).rglob("*.tar"))] for name in ("a", "b", "c")}
     assert tars["a"] == tars["b"] != tars["c"]
