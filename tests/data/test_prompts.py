@@ -235,8 +235,8 @@ def test_layouts_make_batches(tokenizer):
 @pytest.mark.parametrize(
     "task, sample, message",
     [
-        (image_text, TOLD, "'told': the task image_text needs captions of an image \(or of a text\)"),
-        (image_text, ASKED, "'asked': the task image_text needs captions of an image \(or of a text\)"),
+        (image_text, TOLD, r"'told': the task image_text needs captions of an image \(or of a text\)"),
+        (image_text, ASKED, r"'asked': the task image_text needs captions of an image \(or of a text\)"),
         (captioning, Sample("bare", IMAGE), "'bare': the task captioning needs an image and captions"),
         (vqa, PAIR, "'pair': the task vqa needs questions"),
         (vqa, Sample("open", IMAGE, questions=[Question("9", "why?")]), "'open': question '9' has no answer"),

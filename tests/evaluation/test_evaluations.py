@@ -108,7 +108,7 @@ def test_too_few_demonstrations_is_said(run, tmp_path):
     image = next(iter(read_samples_of_one())).image
     sample = Sample("only", image, questions=[Question("0", "what?", ["this"])])
     write_shards([sample], tmp_path / "one")
-    with pytest.raises(DataError, match="2 shots need as many samples .* besides 'only'; there are 0"):
+    with pytest.raises(DataError, match=r"2 shots need as many samples .* besides 'only'; there are 0"):
         evaluate_vqa(predictor(run, 1), str(tmp_path / "one"), shots=2)
 
 

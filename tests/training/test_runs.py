@@ -202,3 +202,16 @@ def test_validation_loss_is_that_of_the_whole_set_and_tensorboard_holds_the_same
 def test_validation_without_data_is_refused(tiny_yaml):
     with pytest.raises(ConfigError, match=r"training\.validate_every is set, but data\.validation names no source"):
         load_run_config(tiny_yaml, ["training.validate_every=2"])
+
+
+def test_a_partly_frozen_tower_of_timm_trains_in_bfloat16(tiny_yaml, tmp_path):
+    """Buffers keep float32 under DeepSpeed's bfloat16, and frozen layers stay as they are."""
+    out = tmp_path / "run"
+    image = ["type=timm", "name=vit_tiny_patch16_224", "image_size=48", "trainable=1", "connector.type=linear"]
+    size = [f"arguments.{setting}" for setting in ("embed_dim=32", "depth=2", "num_heads=2")]
+    overrides = [f"model.encoders.image.{setting}" for setting in (*image, *size)]
+    train(load_run_config(tiny_yaml, [*overrides, "training.precision=bfloat16", "training.steps=2", f"out={out}"]))
+    assert all(torch.isfinite(torch.tensor(loss)) for loss in losses(out).values())
+    model, _ = load_pretrained(out)
+    assert not any(p.requires_grad for p in model.encoders["image"].model.blocks[0].parameters())
+    assert all(p.requires_grad for p in model.encoders["image"].model.blocks[1].parameters())
