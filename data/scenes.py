@@ -128,8 +128,12 @@ def plural(noun: str) -> str:
 
 
 def listing(scene: Scene, rng: random.Random) -> str:
-    """The things with place, colour and shape, in any order and one of several frames."""
-    parts = [f"in the {t.place} {with_article(t.name)}" for t in rng.sample(scene, len(scene))]
+    """The things with place, colour and shape, in any order, from the place or from the shape, in one of several frames."""
+    forms = ("in the {t.place} {a_color} {t.shape}", "{a_shape} that is {t.color} in the {t.place}")
+    form = rng.choice(forms)
+    parts = [
+        form.format(t=t, a_color=with_article(t.color), a_shape=with_article(t.shape)) for t in rng.sample(scene, len(scene))
+    ]
     return rng.choice(("{}", "there is {}", "a picture, {}", "we see {}")).format(", ".join(parts))
 
 
@@ -208,7 +212,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
     Most end where a fact is told, as answers do; after longer ones the model would go on talking when it is asked.
     """
-    return facts(scene, rng)[0].statement(rng) if rng.random() < 0.75 else listing(scene, rng)
+    return facts(scene, rng)[0].statement(rng) if rng.random() < 0.7 else listing(scene, rng)
 
 
 def canonical_caption(scene: Scene) -> str:
