@@ -305,7 +305,7 @@ def test_data_that_the_task_cannot_use_stop_at_once(data, interface, repeat, wor
     """Texts for a task on images: not a batch comes of them, whatever the limit."""
     sources = [{"shards": str(data / "texts"), "task": "image_text"}]
     config = settings(data, train=sources, workers=workers, max_broken=50)
-    with pytest.raises(DataError, match="the task image_text needs an image and a caption"):
+    with pytest.raises(DataError, match="the task image_text needs captions of an image"):
         take(loader(interface, config, repeat=repeat), 1)
 
 
