@@ -5,7 +5,8 @@ Everything is drawn from a seed. A scene holds one to three objects (shape, colo
 an image that does.
 
     images       pretraining: pictures with captions in varied wording (listings, attributes, counts, places); no question
-    text         pretraining: descriptions of scenes that are never drawn, with the same statements, and questions on them
+    text         pretraining: descriptions of scenes that are never drawn, with captions of the same kinds
+    questions    pretraining: descriptions with questions on them
     vqa          evaluation: pictures with held-out pairs, and questions
     captioning   fine-tuning: pictures with one caption in a fixed form; `captioning-val` to evaluate, held-out pairs included
 
