@@ -54,6 +54,12 @@ class Interface:
         self.image = find("image")
         self.text = find("text") or self.fused
 
+    @classmethod
+    def of(cls, model: Any, tokenizer: Tokenizer | None, max_length: int) -> Interface:
+        """The interface of a `MetaLM`."""
+        connectors = {name: encoder.connector for name, encoder in model.config.encoders.items()}
+        return cls(tokenizer, model.processors, connectors, max_length)
+
     def span(self, encoder: str, inputs: dict, first_target: int = IGNORE) -> Span:
         num_states = self.processors[encoder].num_states(inputs)
         return Span(encoder, inputs, self.connectors[encoder].num_vectors(num_states) if num_states else 0, first_target)

@@ -8,11 +8,11 @@ from metalm.data.prompts import caption_query
 from metalm.data.sample import Sample
 from metalm.data.shards import read_samples
 from metalm.errors import DataError
+from metalm.evaluation.blind import blank_image
 from metalm.evaluation.caption_metrics import caption_metrics
 from metalm.evaluation.predictor import Predictor
 from metalm.evaluation.result import Prediction, Result
 from metalm.evaluation.shots import few_shot
-from metalm.evaluation.vqa import blank_image
 
 
 def evaluate_captioning(

@@ -40,8 +40,7 @@ class Predictor:
             raise ConfigError(f"dtype {dtype!r}: float32 or bfloat16")
         model, tokenizer = load_pretrained(name, getattr(torch, dtype))
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        connectors = {n: encoder.connector for n, encoder in model.config.encoders.items()}
-        interface = Interface(tokenizer, model.processors, connectors, model.config.decoder.max_positions)
+        interface = Interface.of(model, tokenizer, model.config.decoder.max_positions)
         return cls(model, interface, generation, batch_size)
 
     def __call__(self, prompts: Sequence[Document], what: str = "") -> list[str]:

@@ -5,7 +5,6 @@ A model that does not look at the picture is the first thing to beat, so `blind`
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from metalm.data.prompts import question_query
 from metalm.data.sample import Question, Sample
 from metalm.data.shards import read_samples
 from metalm.errors import DataError
+from metalm.evaluation.blind import blank_image
 from metalm.evaluation.predictor import Predictor
 from metalm.evaluation.result import Prediction, Result
 from metalm.evaluation.shots import few_shot
@@ -97,14 +97,3 @@ def blank(asked: Sequence[Asked]) -> list[Asked]:
     """The same questions on an even grey picture of the same size."""
     samples = {id(sample): replace(sample, image=blank_image(sample.image)) for sample, _ in asked if sample.image}
     return [(samples.get(id(sample), sample), question) for sample, question in asked]
-
-
-def blank_image(encoded: bytes) -> bytes:
-    """An even grey PNG of the size of the picture."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(encoded)) as image:
-        size = image.size
-    out = io.BytesIO()
-    Image.new("RGB", size, (127, 127, 127)).save(out, "PNG")
-    return out.getvalue()

@@ -35,7 +35,7 @@ def flops_per_step(config: RunConfig, model: MetaLM) -> int:
     """
     from metalm.encoders.image import one_pixel_png
 
-    interface = Interface(None, model.processors, {n: e.connector for n, e in model.config.encoders.items()}, 1 << 30)
+    interface = Interface.of(model, None, 1 << 30)
     image = one_pixel_png() if interface.image or interface.fused else None
     prompt = interface.read(image, [0] * 16)
     for span in (interface.read_tokens([0] * 64),) if interface.text and interface.text != interface.fused else ():

@@ -51,7 +51,7 @@ def train(config: RunConfig) -> Path:
     model = MetaLM(config.model)
     if config.init_from and not found:
         load_weights(model, config.init_from)
-    interface = make_interface(model, tokenizer, config.data.row_length)
+    interface = Interface.of(model, tokenizer, config.data.row_length)
     stream = PackedStream(config.data.train, interface, config.data, config.training.seed, rank, world)
     engine = make_engine(model.to(device), config.training, config.data.rows)
     loader = Loader(stream, pin_memory=True)
@@ -138,11 +138,6 @@ class StopSignal:
     def _receive(self, number: int, frame) -> None:
         self.received = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def make_interface(model: MetaLM, tokenizer: Tokenizer, max_length: int) -> Interface:
-    connectors = {name: encoder.connector for name, encoder in model.config.encoders.items()}
-    return Interface(tokenizer, model.processors, connectors, max_length)
 
 
 def prepare_tokenizer(config: RunConfig, run: Path, rank: int) -> Tokenizer:

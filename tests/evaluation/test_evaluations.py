@@ -11,10 +11,11 @@ from metalm.data.prompts import question_query
 from metalm.data.sample import Question, Sample
 from metalm.data.shards import read_samples, write_shards
 from metalm.errors import DataError
+from metalm.evaluation.blind import blank_image
 from metalm.evaluation.captioning import evaluate_captioning
 from metalm.evaluation.predictor import Predictor
 from metalm.evaluation.shots import few_shot
-from metalm.evaluation.vqa import blank_image, evaluate_vqa, read_questions
+from metalm.evaluation.vqa import evaluate_vqa, read_questions
 from metalm.inference.generate import GenerationConfig
 from metalm.segments import Span, Text
 from metalm.training.config import load_run_config

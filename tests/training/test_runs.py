@@ -174,8 +174,8 @@ def test_validation_loss_is_that_of_the_whole_set_and_tensorboard_holds_the_same
     """The loss that the run logs at its last step, computed again from the export in one plain loop."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    from metalm.data.prompts import Interface
     from metalm.data.stream import PackedStream
-    from metalm.training.loop import make_interface
 
     out = tmp_path / "run"
     validation = [{"shards": str(scenes / "captioning-val"), "task": "captioning"}]
@@ -187,7 +187,7 @@ def test_validation_loss_is_that_of_the_whole_set_and_tensorboard_holds_the_same
     assert sorted(logged) == [4, 6]
 
     model, tokenizer = load_pretrained(out)
-    interface = make_interface(model, tokenizer, config.data.row_length)
+    interface = Interface.of(model, tokenizer, config.data.row_length)
     stream = PackedStream(config.data.validation, interface, config.data, repeat=False)
     batches = list(stream)
     with torch.no_grad():
