@@ -90,20 +90,26 @@ class Interface:
         answers are joined, the same words are then the same tokens."""
         return self.tokenizer.encode(" " + text.strip())
 
+    def query(self, image: bytes | None, tokens: list[int], context: list[int]) -> tuple[list[Text | Span], list[Text | Span]]:
+        """An image, or a textual `context` in its place, and `tokens` on it.
+
+        Returns:
+            (what all queries on the same image or context share, what is this one's own). A fused encoder reads both at
+            once, so that nothing is shared; the context is what it cuts where they do not fit.
+        """
+        tokens = tokens[: self.text_room]
+        if self.fused:
+            return [], self.read(image, [*context[: self.text_room - len(tokens)], *tokens])
+        return self.read(image, context[: self.text_room]), self.read(None, tokens)
+
+    def prompt(self, image: bytes | None, text: str) -> list[Text | Span]:
+        """An instruction on an image: what the model reads before it answers."""
+        shared, own = self.query(image, self.encode(text) if text else [], [])
+        return [*shared, *own]
+
     def turn(self, text: str, room: int) -> list[int]:
         """A text to predict with the `</s>` that ends it, cut to `room` tokens; what is cut does not end."""
         return [*self.encode(text), self.tokenizer.end][:room]
-
-    def prompt(self, image: bytes | None, text: str, context: str = "") -> list[Text | Span]:
-        """An instruction on an image, or on a textual `context` in its place; the context is what gets cut for room.
-
-        A fused encoder reads all of it at once, as it does image and instruction; others read the two one by one.
-        """
-        instruction = self.encode(text)[: self.text_room] if text else []
-        before = self.encode(context)[: self.text_room] if context else []
-        if self.fused or not before:
-            return self.read(image, [*before[: self.text_room - len(instruction)], *instruction])
-        return [*self.read(None, before), *self.read(None, instruction)]
 
     def answer(self, prompt: list[Text | Span], text: str) -> list[Text | Span]:
         """The prompt with its answer as the target.
@@ -116,6 +122,25 @@ class Interface:
             raise DataError(f"a prompt of {length} positions leaves no room for an answer in {self.max_length}")
         return [*prompt, Text(self.turn(text, self.max_length - length))]
 
+    def documents(self, turns: list[tuple[list[Text | Span], list[Text | Span]]], key: str) -> Iterator[Document]:
+        """Turns on the same image or context, each as (shared, own): as branches of as few documents as hold them."""
+        branches: list[list[Text | Span]] = []
+        shared: list[Text | Span] = []
+        length = 0
+        for shared, own in turns:
+            added = sum(map(len, own))
+            if branches and (not shared or length + added > self.max_length):
+                yield _document(shared, branches, key)
+                branches = []
+            length = added + (length if branches else sum(map(len, shared)))
+            branches.append(own)
+        yield _document(shared, branches, key)
+
+
+def _document(shared: list[Text | Span], branches: list[list[Text | Span]], key: str) -> Document:
+    """A single branch needs no fork."""
+    return Document(shared, key, branches) if len(branches) > 1 else Document([*shared, *branches[0]], key)
+
 
 def image_text(interface: Interface, sample: Sample, rng: random.Random, captions: int = 1) -> Iterator[Document]:
     """The pretraining pair: a random-length prefix of the caption is read with the image, the decoder predicts the rest.
@@ -124,27 +149,19 @@ def image_text(interface: Interface, sample: Sample, rng: random.Random, caption
     the whole caption. A sample with a text in place of the image is laid out in the same way.
 
     Args:
-        captions: so many of the sample's captions follow each other as turns, which shares the image's positions among
-            them. Those that do not fit are left out.
+        captions: so many of the sample's captions, each on its own.
     """
     if not (sample.image or sample.text) or not sample.captions:
         raise DataError(f"sample {sample.key!r}: the task image_text needs captions of an image (or of a text)")
-    first, *others = rng.sample(sample.captions, min(captions, len(sample.captions)))
-    context = interface.prompt(sample.image, "", sample.text if sample.image is None else "")
-    room = interface.max_length - sum(map(len, context))
-    segments = context
-    for caption in (first, *others):
-        tokens = interface.turn(caption, room if caption is first else interface.max_length)
-        if len(tokens) > room:
-            continue
+    context = interface.encode(sample.text) if sample.image is None else []
+    turns = []
+    for caption in rng.sample(sample.captions, min(captions, len(sample.captions))):
+        tokens = interface.turn(caption, interface.max_length)
         p = rng.randint(0, min(len(tokens) - 1, interface.text_room)) if interface.text else 0
-        if caption is first and interface.fused and sample.image is not None:
-            segments = interface.read(sample.image, tokens[:p])
-        else:
-            segments = [*segments, *interface.read(None, tokens[:p])]
-        segments = [*segments, Text(tokens[p:])]
-        room -= len(tokens)
-    yield Document(segments, sample.key)
+        shared, own = interface.query(sample.image, tokens[:p], context)
+        room = interface.max_length - sum(map(len, (*shared, *own)))
+        turns.append((shared, [*own, Text(tokens[p:][:room])]))
+    yield from interface.documents(turns, sample.key)
 
 
 def text(interface: Interface, sample: Sample, rng: random.Random, objective: Objective) -> Iterator[Document]:
@@ -172,11 +189,14 @@ def vqa(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Do
     """Every question on the sample's image, or on its text where it has no image, with its best answer as the target."""
     if not sample.questions:
         raise DataError(f"sample {sample.key!r}: the task vqa needs questions")
+    turns = []
     for question in sample.questions:
         if not (question.answers or question.soft_answers):
             raise DataError(f"sample {sample.key!r}: question {question.id!r} has no answer to train on")
-        query = question_query(interface, sample, question)
-        yield Document(interface.answer(query, question.best_answer), f"{sample.key}/{question.id}")
+        shared, own = _question_query(interface, sample, question)
+        answered = interface.answer([*shared, *own], question.best_answer)
+        turns.append((shared, answered[len(shared) :]))
+    yield from interface.documents(turns, sample.key)
 
 
 def caption_query(interface: Interface, sample: Sample) -> list[Text | Span]:
@@ -185,8 +205,12 @@ def caption_query(interface: Interface, sample: Sample) -> list[Text | Span]:
 
 def question_query(interface: Interface, sample: Sample, question: Question) -> list[Text | Span]:
     """What the model reads before it answers: the question on an image or, without one, on the sample's text."""
-    context = sample.text if sample.image is None else ""
-    return interface.prompt(sample.image, question_prompt(question.question), context)
+    return [segment for part in _question_query(interface, sample, question) for segment in part]
+
+
+def _question_query(interface: Interface, sample: Sample, question: Question) -> tuple[list[Text | Span], list[Text | Span]]:
+    context = interface.encode(sample.text) if sample.image is None and sample.text else []
+    return interface.query(sample.image, interface.encode(question_prompt(question.question)), context)
 
 
 TASKS = {"image_text": image_text, "text": text, "captioning": captioning, "vqa": vqa}

@@ -2,7 +2,7 @@
 
     batch -> token embeddings, with connector(encoder(span)) at the spans' positions -> decoder -> loss or logits
 
-Shapes: B rows, T positions, M docked vectors, D decoder width, V vocabulary, L target positions.
+Shapes: B rows, T positions, M docked vectors, D decoder width, V vocabulary, L targets.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from metalm.connectors import CONNECTORS
 from metalm.decoder import CausalDecoder, DecoderConfig
 from metalm.encoders import ENCODERS
 from metalm.errors import ConfigError
-from metalm.nn.attention import KVCache, Mask, all_of, causal, same_document
+from metalm.nn.attention import KVCache, Mask, all_of, causal, same_branch, same_document
 from metalm.nn.freezing import set_trainable
 from metalm.nn.losses import linear_cross_entropy
-from metalm.segments import IGNORE, Batch, SpanBatch
+from metalm.segments import Batch, SpanBatch
 
 
 @dataclass
@@ -103,15 +103,14 @@ class MetaLM(nn.Module):
     def hidden(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
         """The decoder's states [B, T, D] at every position of the batch."""
         B, T = batch.tokens_BT.shape
-        mask = Mask(all_of(causal, same_document(batch.document_BT)), B, T, T, batch.tokens_BT.device)
+        predicate = all_of(causal, same_document(batch.document_BT), same_branch(batch.branch_BT))
+        mask = Mask(predicate, B, T, T, batch.tokens_BT.device)
         return self.decoder(self.embed(batch), batch.position_BT, mask, cache)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Cross-entropy summed over the batch's target positions, in nats: a float32 scalar."""
-        targets = batch.targets_BT.flatten()
-        places = (targets != IGNORE).nonzero().squeeze(1)
-        hidden_LD = self.hidden(batch).flatten(0, 1)[places]
-        return linear_cross_entropy(hidden_LD, self.decoder.embedding.weight, targets[places])
+        """Cross-entropy summed over the batch's targets, in nats: a float32 scalar."""
+        hidden_LD = self.hidden(batch).flatten(0, 1)[batch.places_L]
+        return linear_cross_entropy(hidden_LD, self.decoder.embedding.weight, batch.targets_L)
 
     def parameters_by_part(self) -> dict[str, tuple[int, int]]:
         """(all, trainable) parameter counts of the decoder, each encoder and each connector."""

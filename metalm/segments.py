@@ -12,7 +12,14 @@ The first token of a span of text is predicted from the position before it, its 
 span is predicted at the span's last position. Documents end with a target of their own (`</s>`), so the last position
 predicts nothing. Source: METALM, eq. 1 with figures 2 and 3d (the sum runs to s_{i+1} inclusive).
 
-Shapes: B rows, T positions of a row, N spans of one encoder, M vectors of all its spans.
+A document may branch: a picture is read once, and each of its captions or questions goes on from there without seeing the
+others. That is exactly a document each with the picture copied before it, at a fraction of the cost.
+
+    [picture]  a  dog  </s>  what  ?  red  </s>
+    position    0  1   2     3     1  2    3    4              every branch counts on from the trunk
+    sees       the picture and its own branch
+
+Shapes: B rows, T positions of a row, L targets, N spans of one encoder, M vectors of all its spans.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,13 +65,22 @@ class Span:
 
 @dataclass(frozen=True)
 class Document:
-    """Segments that see each other and nothing else; `key` names the sample they come from."""
+    """Segments that see each other and nothing else; `key` names the sample they come from.
+
+    Each of the `branches` goes on from the end of `segments`, the trunk, and sees no other branch.
+    """
 
     segments: Sequence[Text | Span]
     key: str = ""
+    branches: Sequence[Sequence[Text | Span]] = ()
 
     def __len__(self) -> int:
-        return sum(map(len, self.segments))
+        return sum(map(len, self.all_segments))
+
+    @property
+    def all_segments(self) -> list[Text | Span]:
+        """Those of the trunk and of every branch, as they lie in the row."""
+        return [*self.segments, *(segment for branch in self.branches for segment in branch)]
 
 
 @dataclass
@@ -92,9 +109,11 @@ class Batch:
 
     Attributes:
         tokens_BT: int64 token ids; 0 where an encoder feeds the position or nothing does.
-        targets_BT: int64, what the position predicts; -100 for no loss.
         document_BT: int64, the document's number in its row from 1 on; 0 is padding.
-        position_BT: int64, position inside the document.
+        branch_BT: int64, the branch's number in its document from 1 on; 0 is the trunk.
+        position_BT: int64, position inside the document, counted along its branch.
+        places_L: int64, flat places in [B * T] that predict something; one from which branches fork may predict many things.
+        targets_L: int64, the tokens they predict.
         spans: by encoder name.
         keys: of the documents' samples.
         state: where the data stream stood after this batch; see `metalm.data.stream`.
@@ -102,9 +121,11 @@ class Batch:
     """
 
     tokens_BT: Tensor
-    targets_BT: Tensor
     document_BT: Tensor
+    branch_BT: Tensor
     position_BT: Tensor
+    places_L: Tensor
+    targets_L: Tensor
     spans: dict[str, SpanBatch] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
     state: dict | None = None
@@ -112,7 +133,7 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
-        return int((self.targets_BT != IGNORE).sum())
+        return len(self.targets_L)
 
     @property
     def num_positions(self) -> int:
@@ -143,21 +164,50 @@ def _pin(values: dict) -> dict:
     return {k: {n: pin(x) for n, x in v.items()} if k == "inputs" else pin(v) for k, v in values.items()}
 
 
-def lay_out(document: Document) -> tuple[list[int], list[int]]:
-    """A document's tokens and targets, one a position: the paper's boundary rules.
+@dataclass
+class Layout:
+    """A document's positions, one an item, and its targets.
 
-    A span's positions hold token 0, for its encoder feeds them.
+    Attributes:
+        tokens: 0 where an encoder feeds the position.
+        positions, branches: as in `Batch`.
+        places, targets: which position predicts which token.
     """
-    tokens: list[int] = []
-    labels: list[int] = []  # what the position before should predict
-    for segment in document.segments:
-        if isinstance(segment, Text):
-            tokens += segment.tokens
-            labels += segment.tokens if segment.target else [IGNORE] * len(segment)
-        elif len(segment):
-            tokens += [0] * len(segment)
-            labels += [segment.first_target] + [IGNORE] * (len(segment) - 1)
-    return tokens, [*labels[1:], IGNORE]
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    branches: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+
+    def append(self, segments: Sequence[Text | Span], branch: int, before: int) -> int:
+        """Lays out segments after the position `before` (-1: none); returns the last position."""
+        for segment in segments:
+            if isinstance(segment, Text):
+                tokens, labels = segment.tokens, segment.tokens if segment.target else ()
+            else:
+                tokens, labels = [0] * len(segment), (segment.first_target,) if len(segment) else ()
+            start = len(self.tokens)
+            for i, label in enumerate(labels):
+                place = start + i - 1 if i else before
+                if label != IGNORE and place >= 0:
+                    self.places.append(place)
+                    self.targets.append(label)
+            first = self.positions[before] + 1 if before >= 0 else 0
+            self.tokens += tokens
+            self.positions += range(first, first + len(tokens))
+            self.branches += [branch] * len(tokens)
+            before = len(self.tokens) - 1 if tokens else before
+        return before
+
+
+def lay_out(document: Document) -> Layout:
+    """A document's positions and targets: the paper's boundary rules."""
+    layout = Layout()
+    fork = layout.append(document.segments, 0, -1)
+    for number, branch in enumerate(document.branches, start=1):
+        layout.append(branch, number, fork)
+    return layout
 
 
 def make_batch(
@@ -171,29 +221,33 @@ def make_batch(
         length: T; 0 takes the longest row's.
         pad_left: put each row's documents at its right end, so that generation continues all rows at the same place.
     """
-    T = length or max((sum(map(len, row)) for row in rows), default=1)
-    shape = (len(rows), max(T, 1))
-    tokens, targets = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE)
-    documents, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    T = length or max((sum(map(len, row)) for row in rows), default=1) or 1
+    B = len(rows)
+    tokens, documents, branches, positions = (np.zeros((B, T), dtype=np.int64) for _ in range(4))
+    places: list[int] = []
+    targets: list[int] = []
     spans: dict[str, list[tuple[Span, int]]] = {name: [] for name in processors}
     for b, row in enumerate(rows):
         start = T - sum(map(len, row)) if pad_left else 0
         for d, document in enumerate(row, start=1):
-            end = start + len(document)
-            row_tokens, row_targets = lay_out(document)
-            tokens[b, start:end] = torch.tensor(row_tokens)
-            targets[b, start:end] = torch.tensor(row_targets)
+            layout = lay_out(document)
+            end = start + len(layout.tokens)
+            if end > T:
+                raise ValueError(f"row {b}: {end} positions do not fit {T}")
+            tokens[b, start:end] = layout.tokens
             documents[b, start:end] = d
-            positions[b, start:end] = torch.arange(end - start)
-            for segment in document.segments:
+            branches[b, start:end] = layout.branches
+            positions[b, start:end] = layout.positions
+            places += [b * T + start + place for place in layout.places]
+            targets += layout.targets
+            for segment in document.all_segments:
                 if isinstance(segment, Span) and len(segment):
-                    spans[segment.encoder].append((segment, b * shape[1] + start))
+                    spans[segment.encoder].append((segment, b * T + start))
                 start += len(segment)
     return Batch(
-        tokens,
-        targets,
-        documents,
-        positions,
+        *map(torch.from_numpy, (tokens, documents, branches, positions)),
+        torch.tensor(places, dtype=torch.long),
+        torch.tensor(targets, dtype=torch.long),
         {name: _span_batch(found, processors[name]) for name, found in spans.items()},
         [document.key for row in rows for document in row],
     )
@@ -203,15 +257,15 @@ def _span_batch(spans: list[tuple[Span, int]], processor: Any) -> SpanBatch:
     inputs = [span.inputs for span, _ in spans] or [processor.load(processor.blank())]
     collated = processor.collate(inputs)
     lengths = [processor.num_states(one) for one in inputs]
-    places = [torch.arange(start, start + len(span)) for span, start in spans]
-    positions = torch.cat(places) if places else torch.zeros(0, dtype=torch.long)
+    places = [np.arange(start, start + len(span)) for span, start in spans]
+    positions = torch.from_numpy(np.concatenate(places)) if places else torch.zeros(0, dtype=torch.long)
     return SpanBatch(collated.inputs, collated.source, torch.tensor(lengths), max(lengths), positions)
 
 
 def load_spans(document: Document, processors: dict[str, Any]) -> Document:
     """The document with the media of its spans decoded; raises `DataError` on broken media."""
-    segments = [
-        replace(segment, inputs=processors[segment.encoder].load(segment.inputs)) if isinstance(segment, Span) else segment
-        for segment in document.segments
-    ]
-    return replace(document, segments=segments)
+
+    def load(segments: Sequence[Text | Span]) -> list[Text | Span]:
+        return [replace(s, inputs=processors[s.encoder].load(s.inputs)) if isinstance(s, Span) else s for s in segments]
+
+    return replace(document, segments=load(document.segments), branches=[load(branch) for branch in document.branches])

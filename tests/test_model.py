@@ -125,13 +125,36 @@ def test_packed_spans_are_as_alone(model):
 def test_the_loss_is_cross_entropy_of_the_targets(model):
     batch = make_batch([documents(model)], model.processors)
     out = model.decoder.logits(model.hidden(batch))
-    expected = F.cross_entropy(out.flatten(0, 1), batch.targets_BT.flatten(), ignore_index=IGNORE, reduction="sum")
+    expected = F.cross_entropy(out.flatten(0, 1)[batch.places_L], batch.targets_L, reduction="sum")
     loss = model(batch)
     torch.testing.assert_close(loss, expected)
     ours = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
     theirs = torch.autograd.grad(expected, list(model.parameters()))
     for (name, _), a, b in zip(model.named_parameters(), ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_branches_are_documents_of_their_own(model):
+    """A picture with three captions in one document: the loss and every gradient of three documents, each with the picture."""
+    for name in model.encoders:
+        inputs = {"image": noise(1)} if "image" in model.encoders[name].processor.reads else {"tokens": [4, 5, 6]}
+        trunk = [span(model, name, inputs), Text([7, 8], target=False)]
+        branches = [
+            [Text([11, 12, 13])],
+            [span(model, name, {"tokens": [14, 15]}), Text([16])],
+            [Text([17], target=False), span(model, name, {"tokens": [18]}, 18), Text([19, 20])],
+        ]
+        forked = Document(trunk, "", branches)
+        alone = [Document([*trunk, *branch]) for branch in branches]
+        other = documents(model)[0]
+        losses = [
+            model(make_batch([[load_spans(d, model.processors) for d in row]], model.processors))
+            for row in ([other, forked], [other, *alone])
+        ]
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
+        ours, theirs = (torch.autograd.grad(loss, list(model.parameters()), allow_unused=True) for loss in losses)
+        for (parameter, _), a, b in zip(model.named_parameters(), ours, theirs):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=lambda m, parameter=parameter: f"{parameter}: {m}")
 
 
 def test_every_parameter_takes_part_in_every_step(model):

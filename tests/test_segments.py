@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from layouts import inputs_and_targets
 from PIL import Image
 
 from metalm.encoders.fused import FusedProcessor
@@ -35,7 +36,7 @@ def figure_3d() -> Document:
 
 
 def test_figure_3d():
-    tokens, targets = lay_out(figure_3d())
+    tokens, targets = inputs_and_targets(figure_3d())
     #                 <s> a [b  c] d  e  f [g  h  i] j  k
     assert tokens == [S, A, 0, 0, D, E, F, 0, 0, 0, J, K]
     _ = IGNORE
@@ -43,25 +44,43 @@ def test_figure_3d():
 
 
 def test_an_image_is_no_target():
-    tokens, targets = lay_out(Document([Text([S, A]), picture(), Text([B, C])]))
+    tokens, targets = inputs_and_targets(Document([Text([S, A]), picture(), Text([B, C])]))
     assert tokens == [S, A, 0, 0, 0, 0, B, C]
     assert targets == [A, IGNORE, IGNORE, IGNORE, IGNORE, B, C, IGNORE]
 
 
 def test_text_is_predicted_only_where_marked():
-    assert lay_out(Document([Text([S, A], target=False), Text([B])]))[1] == [IGNORE, B, IGNORE]
-    assert lay_out(Document([Text([S, A]), Text([B], target=False)]))[1] == [A, IGNORE, IGNORE]
+    assert inputs_and_targets(Document([Text([S, A], target=False), Text([B])]))[1] == [IGNORE, B, IGNORE]
+    assert inputs_and_targets(Document([Text([S, A]), Text([B], target=False)]))[1] == [A, IGNORE, IGNORE]
 
 
 def test_two_spans_in_a_row():
     """The second span's first token is predicted at the first one's last position."""
-    assert lay_out(Document([read(A, B), read(C, D, first_target=C), Text([E])]))[1] == [IGNORE, C, IGNORE, E, IGNORE]
+    document = Document([read(A, B), read(C, D, first_target=C), Text([E])])
+    assert inputs_and_targets(document)[1] == [IGNORE, C, IGNORE, E, IGNORE]
+
+
+def test_branches_go_on_from_the_trunk():
+    """Both captions of a picture begin at its last position, which so predicts two tokens; the question there is read."""
+    document = Document([picture()], "", [[Text([A, B])], [read(C, D), Text([E])], [Text([F])]])
+    assert len(document) == 10
+    layout = lay_out(document)
+    assert layout.tokens == [0, 0, 0, 0, A, B, 0, 0, E, F]
+    assert layout.branches == [0, 0, 0, 0, 1, 1, 2, 2, 2, 3]
+    assert layout.positions == [0, 1, 2, 3, 4, 5, 4, 5, 6, 4]
+    assert list(zip(layout.places, layout.targets)) == [(3, A), (4, B), (7, E), (3, F)]
+
+
+def test_branches_need_no_trunk():
+    layout = lay_out(Document([], "", [[Text([A, B])], [Text([C, D])]]))
+    assert layout.positions == [0, 1, 0, 1]
+    assert list(zip(layout.places, layout.targets)) == [(0, B), (2, D)]
 
 
 def test_a_span_without_states_takes_no_place():
     batch = make_batch([[Document([Text([S]), read(first_target=A), Text([A, B])])]], {"text": TEXT})
     assert batch.tokens_BT.tolist() == [[S, A, B]]
-    assert batch.targets_BT.tolist() == [[A, B, IGNORE]]
+    assert (batch.places_L.tolist(), batch.targets_L.tolist()) == ([0, 1], [A, B])
     assert batch.spans["text"].positions.tolist() == []
     assert batch.spans["text"].inputs["tokens_RS"].tolist() == [[0]]  # the blank that runs in its stead
 
@@ -75,8 +94,9 @@ def test_rows_hold_documents_side_by_side():
     assert batch.position_BT.tolist() == [[*range(12), *range(5), 0, 0], [0, 1, *zeros]]
     assert batch.tokens_BT.tolist()[0] == [S, A, 0, 0, D, E, F, 0, 0, 0, J, K, S, 0, 0, 0, G, 0, 0]
     assert batch.tokens_BT.tolist()[1] == [0, I, *zeros]
-    assert batch.targets_BT[0].tolist() == [A, B, -100, D, E, F, G, -100, -100, J, K, *[-100] * 4, G, *[-100] * 3]
-    assert batch.targets_BT[1].tolist() == [I] + [-100] * 18
+    assert batch.branch_BT.tolist() == [[0] * 19] * 2
+    assert batch.places_L.tolist() == [0, 1, 3, 4, 5, 6, 9, 10, 15, 19]
+    assert batch.targets_L.tolist() == [A, B, D, E, F, G, J, K, G, I]
     assert batch.num_targets == 10
     assert batch.num_positions == 19
     assert batch.keys == ["3d", "second", "third"]
@@ -120,7 +140,7 @@ def test_images_and_texts_of_one_encoder():
 def test_moving_a_batch_moves_every_tensor():
     batch = make_batch([[load_spans(Document([picture((A,)), Text([B])]), {"fused": FUSED})]], {"fused": FUSED})
     moved = batch.to("meta")
-    tensors = [moved.tokens_BT, moved.targets_BT, moved.document_BT, moved.position_BT]
+    tensors = [moved.tokens_BT, moved.document_BT, moved.branch_BT, moved.position_BT, moved.places_L, moved.targets_L]
     span = moved.spans["fused"]
     tensors += [span.source, span.lengths, span.positions, *span.inputs.values()]
     assert all(tensor.is_meta for tensor in tensors)
@@ -128,7 +148,7 @@ def test_moving_a_batch_moves_every_tensor():
 
 
 def test_documents_that_overflow_the_row_are_refused():
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="3 positions do not fit 2"):
         make_batch([[Document([Text([A, B, C])])]], {}, length=2)
 
 

@@ -31,6 +31,11 @@ def same_document(document_BT: Tensor) -> Predicate:
     return lambda b, h, q, k: document_BT[b, q] == document_BT[b, k]
 
 
+def same_branch(branch_BT: Tensor) -> Predicate:
+    """A query sees the keys of the trunk (branch 0) and of its own branch."""
+    return lambda b, h, q, k: (branch_BT[b, k] == 0) | (branch_BT[b, q] == branch_BT[b, k])
+
+
 def all_of(*predicates: Predicate) -> Predicate:
     def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         allowed = predicates[0](b, h, q, k)

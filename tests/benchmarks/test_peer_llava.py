@@ -80,8 +80,7 @@ def test_both_sides_get_the_same_documents():
     model = train_step.build_metalm()
     batch = train_step.packed(model, documents, row_length=256, rows=8)
     inputs = train_step.padded(documents)
-    targets = sorted(batch.targets_BT[batch.targets_BT != IGNORE].tolist())
-    assert targets == sorted(inputs["labels"][inputs["labels"] != IGNORE].tolist())
+    assert sorted(batch.targets_L.tolist()) == sorted(inputs["labels"][inputs["labels"] != IGNORE].tolist())
     assert batch.num_positions == inputs["attention_mask"].sum() == 3 * 64 + 21
 
 

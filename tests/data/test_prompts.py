@@ -6,6 +6,7 @@ import io
 import random
 
 import pytest
+from layouts import inputs_and_targets
 from PIL import Image
 
 from metalm.connectors.base import ConnectorConfig
@@ -30,7 +31,7 @@ from metalm.objectives.base import ObjectiveConfig
 from metalm.objectives.causal import Causal
 from metalm.objectives.prefix import Prefix
 from metalm.objectives.semicausal import SemiCausal, SemiCausalConfig
-from metalm.segments import IGNORE, Document, Span, Text, lay_out, load_spans, make_batch
+from metalm.segments import IGNORE, Document, Span, Text, load_spans, make_batch
 
 CAPTION = "a red circle left of a blue square"
 PATCHES = 4
@@ -95,8 +96,8 @@ def test_a_question_on_an_image_is_read_the_best_way_there_is(tokenizer, encoder
     assert shape(question_query(model, ASKED, ASKED.questions[0]), tokenizer) == expected
     (document,) = vqa(model, ASKED, random.Random(0))
     assert shape(document.segments, tokenizer) == [*expected, (" red</s>", True)]  # the most frequent answer
-    assert document.key == "asked/1"
-    targets = lay_out(document)[1]
+    assert document.key == "asked"
+    targets = inputs_and_targets(document)[1]
     answer = [*tokenizer.encode(" red"), tokenizer.end]
     assert [t for t in targets if t != IGNORE] == answer
     assert targets[-len(answer) - 1 : -1] == answer  # the first is predicted at the prompt's last position
@@ -111,9 +112,35 @@ def test_a_question_on_an_image_is_read_the_best_way_there_is(tokenizer, encoder
     ],
 )
 def test_a_question_on_a_text(tokenizer, encoders, expected):
-    documents = list(vqa(interface(tokenizer, *encoders), TOLD, random.Random(0)))
-    assert [document.key for document in documents] == ["told/1", "told/2"]
-    assert shape(documents[1].segments, tokenizer) == [*expected, (" circle</s>", True)]
+    first, second = asked_alone(interface(tokenizer, *encoders), TOLD)
+    assert shape(second, tokenizer) == [*expected, (" circle</s>", True)]
+    assert shape(first, tokenizer)[: len(expected) - 1] == expected[:-1]
+
+
+def asked_alone(model: Interface, sample: Sample) -> list[list[Text | Span]]:
+    """The segments that each question of a sample would have in a document of its own."""
+    documents = list(vqa(model, sample, random.Random(0)))
+    assert {document.key for document in documents} == {sample.key}
+    return [[*d.segments, *branch] for d in documents for branch in d.branches or [[]]]
+
+
+def test_questions_on_one_image_share_it(tokenizer):
+    """A fused encoder reads the image with each question, so each has a document of its own."""
+    questions = [Question(str(n), f"what color is the {word}?", ["red"]) for n, word in enumerate(["circle", "ring", "star"])]
+    sample = Sample("asked", IMAGE, questions=questions)
+    for encoders in (["image"], ["image", "text"]):
+        model = interface(tokenizer, *encoders)
+        (document,) = vqa(model, sample, random.Random(0))
+        assert shape(document.segments, tokenizer) == [("image", True, "")]
+        assert [branch[:1] for branch in document.branches] == [question_query(model, sample, q)[1:] for q in questions]
+        assert [shape(branch[1:], tokenizer) for branch in document.branches] == [[(" red</s>", True)]] * 3
+        model.max_length = len(document) - 1
+        two, one = vqa(model, sample, random.Random(0))
+        assert (two.segments, two.branches) == (document.segments, document.branches[:2])
+        assert (one.segments, one.branches) == ([*document.segments, *document.branches[2]], ())
+    model = interface(tokenizer, "fused")
+    alone = [question_query(model, sample, question) for question in questions]
+    assert [d.segments[:1] for d in vqa(model, sample, random.Random(0))] == alone
 
 
 def test_training_and_evaluation_put_a_task_in_the_same_words(tokenizer):
@@ -134,7 +161,7 @@ def test_an_image_text_pair_is_cut_at_random_in_a_fused_encoder(tokenizer):
         span, rest = document.segments
         assert [*span.inputs["tokens"], *rest.tokens] == whole and len(rest) >= 1
         assert len(span) == PATCHES + len(span.inputs["tokens"])
-        targets = lay_out(document)[1]
+        targets = inputs_and_targets(document)[1]
         assert targets == [IGNORE] * (len(span) - 1) + list(rest.tokens) + [IGNORE]
         prefixes.add(len(span.inputs["tokens"]))
     assert prefixes == set(range(len(whole)))
@@ -192,7 +219,7 @@ def test_text_of_100_000_tokens_becomes_documents_and_loses_nothing(tokenizer, n
     for document in documents:
         pieces = [s.tokens if isinstance(s, Text) else s.inputs["tokens"] for s in document.segments]
         read += [token for piece in pieces for token in piece if token != tokenizer.start]
-        assert any(target != IGNORE for target in lay_out(document)[1])
+        assert any(target != IGNORE for target in inputs_and_targets(document)[1])
     assert read == everything or read == everything[:-1]  # an end token by itself would be no document
 
 
@@ -227,8 +254,8 @@ def test_layouts_make_batches(tokenizer):
             d for task, s in ((image_text, PAIR), (captioning, PAIR), (vqa, ASKED), (vqa, TOLD)) for d in task(model, s, rng)
         ]
         batch = make_batch([[load_spans(d, model.processors)] for d in documents], model.processors)
-        assert len(batch.tokens_BT) == 5
-        assert (batch.targets_BT != IGNORE).any(dim=1).all()
+        rows = set((batch.places_L // batch.tokens_BT.shape[1]).tolist())
+        assert rows == set(range(5 if encoders == ["fused"] else 4))  # each row predicts something
         assert set(batch.spans) == set(encoders)
 
 
@@ -268,43 +295,40 @@ def test_an_image_alone_is_a_prompt(tokenizer):
     for encoders in (["fused"], ["image"]):
         segments = interface(tokenizer, *encoders).prompt(IMAGE, "")
         assert [len(s) for s in segments if len(s)] == [PATCHES]
-        assert lay_out(Document([*segments, Text([7])]))[1] == [IGNORE] * 3 + [7, IGNORE]
+        assert inputs_and_targets(Document([*segments, Text([7])]))[1] == [IGNORE] * 3 + [7, IGNORE]
 
 
-def test_several_captions_of_an_image_follow_each_other_as_turns(tokenizer):
-    sample = Sample("many", b"picture", captions=["a dog", "a cat", "a cow", "a hen " * 90])
+def test_several_captions_of_an_image_share_it(tokenizer):
+    sample = Sample("many", IMAGE, captions=["a dog", "a cat", "a cow", "a hen " * 90])
     model = interface(tokenizer, "image")
-    seen = set()
     for seed in range(40):
-        (document,) = image_text(model, sample, random.Random(seed), captions=3)
-        *turns, rest = "".join(words for words, _ in shape(document.segments[1:], tokenizer)).split("</s>")
-        assert len(document) <= model.max_length
-        short = [turn for turn in turns if turn in (" a dog", " a cat", " a cow")]
-        if rest:  # the long caption came first, was cut to the row, and does not end
-            assert rest.startswith(" a hen a hen") and not turns
-        else:  # the long one, drawn later, is left out
-            assert turns == short and len(turns) == len(set(turns)) in (2, 3)
-        seen.add(len(turns))
-    assert seen == {0, 2, 3}
+        said, lengths = [], []
+        for document in image_text(model, sample, random.Random(seed), captions=3):
+            assert shape(document.segments[:1], tokenizer) == [("image", True, "")]
+            branches = document.branches or [document.segments[1:]]
+            said += [words for branch in branches for words, _ in shape(branch, tokenizer)]
+            lengths.append(len(document))
+        assert max(lengths) <= model.max_length
+        short = [words for words in said if not words.startswith(" a hen")]
+        assert len(said) == len(set(said)) == 3 and set(short) <= {" a dog</s>", " a cat</s>", " a cow</s>"}
+        assert len(lengths) == 1 if len(short) == 3 else max(lengths) == model.max_length  # the long one fills a row
 
 
 def test_every_caption_has_a_prefix_in_an_encoder_of_text(tokenizer):
-    sample = Sample("many", b"picture", captions=["a dog runs", "a cat sits"])
-    turns = (" a dog runs</s>", " a cat sits</s>")
+    sample = Sample("many", IMAGE, captions=["a dog runs", "a cat sits"])
     for encoders in (["fused"], ["image", "text"]):
-        seen = set()
+        prefixes = set()
         for seed in range(40):
-            (document,) = image_text(interface(tokenizer, *encoders), sample, random.Random(seed), captions=2)
-            segments = list(document.segments)
-            assert "image" in segments[0].inputs
-            tokens, spoken = [], []
-            for segment in segments:
-                tokens += segment.inputs.get("tokens", []) if isinstance(segment, Span) else segment.tokens
-                spoken += [len(segment)] if isinstance(segment, Text) else []
-            assert tokenizer.backend.decode(tokens, skip_special_tokens=False) in ("".join(turns), "".join(turns[::-1]))
-            assert len(spoken) == 2 and min(spoken) >= 1
-            seen |= set(spoken)
-        assert len(seen) > 2
+            said = set()
+            for document in image_text(interface(tokenizer, *encoders), sample, random.Random(seed), captions=2):
+                for branch in document.branches or [[]]:
+                    *spans, rest = [*document.segments, *branch]
+                    assert "image" in spans[0].inputs and all("image" not in span.inputs for span in spans[1:])
+                    prefix = [token for span in spans for token in span.inputs.get("tokens", ())]
+                    said.add(tokenizer.backend.decode([*prefix, *rest.tokens], skip_special_tokens=False))
+                    prefixes.add(len(prefix))
+            assert said == {" a dog runs</s>", " a cat sits</s>"}
+        assert len(prefixes) > 3 and 0 in prefixes
 
 
 def test_captions_of_a_text_are_laid_out_as_those_of_an_image(tokenizer):

@@ -83,7 +83,7 @@ def take(batches, count: int) -> list[Batch]:
 
 def content(batch: Batch) -> tuple:
     """All that a batch holds, for comparison."""
-    tensors = [batch.tokens_BT, batch.targets_BT, batch.document_BT, batch.position_BT]
+    tensors = [batch.tokens_BT, batch.document_BT, batch.branch_BT, batch.position_BT, batch.places_L, batch.targets_L]
     for span in batch.spans.values():
         tensors += [span.source, span.lengths, span.positions, *span.inputs.values()]
     return tuple(batch.keys), tuple(batch.broken), *(json.dumps(tensor.tolist()) for tensor in tensors)
@@ -334,7 +334,7 @@ def test_a_text_of_100_000_tokens_streams(tmp_path, interface):
     batches = list(loader(interface, config, repeat=False))
     assert sum(batch.num_positions for batch in batches) > 100_000
     assert {key for batch in batches for key in batch.keys} == {"book", "t0", "t1", "t2"}
-    targets = torch.cat([batch.targets_BT[batch.targets_BT >= 0] for batch in batches])
+    targets = torch.cat([batch.targets_L for batch in batches])
     assert (targets == interface.tokenizer.document_end).sum() == 4
 
 

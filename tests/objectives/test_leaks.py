@@ -23,7 +23,7 @@ from metalm.data.sample import Sample
 from metalm.data.tokenizer import Tokenizer
 from metalm.model import MetaLM, MetaLMConfig
 from metalm.objectives import OBJECTIVES
-from metalm.segments import IGNORE, Document, Span, lay_out, load_spans, make_batch
+from metalm.segments import Document, Layout, Span, lay_out, load_spans, make_batch
 
 SEMICAUSAL = {"type": "semicausal", "min_length": 1, "max_length": 4, "ratio": 0.5}
 SENTENCE = "a small brown dog runs over the green grass after a red ball"
@@ -103,6 +103,7 @@ def leaks(model: MetaLM, documents: list[Document]) -> list[str]:
         hook.remove()
     # The text encoder embeds packed rows, the fused one a list of tokens.
     source = batch.spans[encoder].source if encoder == "text" else torch.arange(len(seen["encoder"]))
+    targets = dict(zip(batch.places_L.tolist(), batch.targets_L.tolist()))
     found, column, encoder_row, every = [], 0, 0, []
     for document in documents:
         every.append((document, column, *inputs_and_targets(document, column, encoder_row)))
@@ -110,9 +111,9 @@ def leaks(model: MetaLM, documents: list[Document]) -> list[str]:
         encoder_row += sum(name == "encoder" for name, _ in every[-1][2])
     for d, (document, start, _, predicted) in enumerate(every):
         for t in range(start, start + len(document)):
-            target = int(batch.targets_BT[0, t])
-            if target == IGNORE:
+            if t not in targets:
                 continue
+            target = targets[t]
             gradients = torch.autograd.grad(logits[t, target], list(seen.values()), retain_graph=True, allow_unused=True)
             sizes = {
                 name: torch.zeros(1 << 12) if g is None else g.flatten(0, -2).abs().sum(-1) for name, g in zip(seen, gradients)
@@ -163,14 +164,15 @@ def test_the_check_sees_a_span_that_predicts_its_own_last_token(models, tokenize
     model = models["text, linear"]
     documents = text_documents(model, tokenizer, SEMICAUSAL)
 
-    def off_by_one(document: Document) -> tuple[list[int], list[int]]:
-        tokens, targets = lay_out(document)
+    def off_by_one(document: Document) -> Layout:
+        layout = lay_out(document)
         end = 0
         for segment in document.segments:
             end += len(segment)
-            if isinstance(segment, Span):
-                targets[end - 2] = segment.inputs["tokens"][-1]
-        return tokens, targets
+            if isinstance(segment, Span) and len(segment) > 1:
+                layout.places.append(end - 2)
+                layout.targets.append(segment.inputs["tokens"][-1])
+        return layout
 
     monkeypatch.setattr(metalm.segments, "lay_out", off_by_one)
     spans = [s for document in documents for s in document.segments if isinstance(s, Span) and len(s) > 1]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
+from layouts import inputs_and_targets
 
 from metalm.objectives import OBJECTIVES
 from metalm.objectives.base import ObjectiveConfig
 from metalm.objectives.causal import Causal
 from metalm.objectives.prefix import Prefix
-from metalm.segments import IGNORE, Document, Span, Text, lay_out
+from metalm.segments import IGNORE, Document, Span, Text
 
 
 class Reader:
@@ -24,7 +25,7 @@ class Reader:
 
 def test_causal_predicts_every_token_but_the_first():
     segments = Causal(ObjectiveConfig("causal")).lay_out([1, 7, 8, 9], Reader(), random.Random(0))
-    assert lay_out(Document(segments)) == ([1, 7, 8, 9], [7, 8, 9, IGNORE])
+    assert inputs_and_targets(Document(segments)) == ([1, 7, 8, 9], [7, 8, 9, IGNORE])
 
 
 @pytest.mark.parametrize("room", [3, 64])
@@ -35,7 +36,7 @@ def test_a_prefix_is_read_and_the_rest_predicted(room):
         span, rest = Prefix(ObjectiveConfig("prefix")).lay_out(tokens, Reader(room), random.Random(seed))
         read = span.inputs["tokens"]
         assert [100, *read, *rest.tokens] == tokens  # `<s>` alone is left out
-        inputs, targets = lay_out(Document([span, rest]))
+        inputs, targets = inputs_and_targets(Document([span, rest]))
         assert inputs == [0] * len(read) + list(rest.tokens)
         # The rest's first token is predicted at the prefix's last state.
         assert targets == [IGNORE] * (len(read) - 1) + list(rest.tokens) + [IGNORE]

@@ -7,10 +7,11 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
+from layouts import inputs_and_targets
 
 from metalm.errors import ConfigError
 from metalm.objectives.semicausal import SemiCausal, SemiCausalConfig, sample_spans
-from metalm.segments import IGNORE, Document, Span, Text, lay_out
+from metalm.segments import IGNORE, Document, Span, Text
 
 PAPER = SemiCausalConfig("semicausal")
 
@@ -98,7 +99,7 @@ def test_the_layout_is_the_papers():
     for seed in range(50):
         tokens = list(range(100, 130))
         segments = SemiCausal(config).lay_out(tokens, Reader(), random.Random(seed))
-        inputs, targets = lay_out(Document(segments))
+        inputs, targets = inputs_and_targets(Document(segments))
         spans = sample_spans(30, config, random.Random(seed))
         assert [(len(s), s.inputs["tokens"]) for s in segments if isinstance(s, Span)] == [
             (e - s, tokens[s:e]) for s, e in spans
