@@ -1,7 +1,7 @@
 """The peer that METALM is measured against: Hugging Face's LLaVA, trained from scratch on the same samples.
 
     python -m benchmarks.peer_llava --shards runs/flickr8k/train --val runs/flickr8k/val \
-        --tokenizer runs/flickr8k/tokenizer.json --steps 1000 --finetune-steps 500 --out runs/peer.json
+        --tokenizer runs/photos --steps 1000 --finetune-steps 300 --out runs/peer.json
 
 First every image with one of its captions, drawn anew at each visit (LLaVA's stage 1), then the same with the prompt
 "caption:" (stage 2); the loss is on the caption and its end token only. Then greedy captions of the validation images,
@@ -77,6 +77,23 @@ def build_llava(vision: dict, text: dict, vocab_size: int, image_token: int, tie
         tie_word_embeddings=tied,
     )
     return LlavaForConditionalGeneration(config)
+
+
+def shape(vision_layers: int, vision_width: int, layers: int, width: int) -> tuple[dict, dict]:
+    """The 37M shape with other depths and widths; heads stay 64 wide, Llama's gated networks near 8/3 of the width."""
+    vision = {
+        "hidden_size": vision_width,
+        "num_hidden_layers": vision_layers,
+        "num_attention_heads": vision_width // 64,
+        "intermediate_size": 4 * vision_width,
+    }
+    text = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "intermediate_size": 43 * width // 16,
+    }
+    return VISION | vision, TEXT | text
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -215,6 +232,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, required=True, help="of stage 1, captions without a prompt")
     parser.add_argument("--finetune-steps", type=int, required=True, help="of stage 2, captions after the prompt")
     parser.add_argument("--batch", type=int, default=32, help="images a step")
+    parser.add_argument("--vision-layers", type=int, default=VISION["num_hidden_layers"])
+    parser.add_argument("--vision-width", type=int, default=VISION["hidden_size"], help="a multiple of 64")
+    parser.add_argument("--layers", type=int, default=TEXT["num_hidden_layers"], help="of the language model")
+    parser.add_argument("--width", type=int, default=TEXT["hidden_size"], help="of the language model, a multiple of 64")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--finetune-lr", type=float, default=3e-4)
     parser.add_argument("--weight-decay", type=float, default=0.05)
@@ -227,9 +248,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     samples, validation = read_captioned(arguments.shards), read_captioned(arguments.val)
-    num_patches = (VISION["image_size"] // VISION["patch_size"]) ** 2
-    captioner = Captioner(Tokenizer.load(arguments.tokenizer), VISION["image_size"], num_patches)
-    model = build_llava(VISION, TEXT, captioner.vocab_size, captioner.image_token, seed=arguments.seed).bfloat16()
+    vision, text = shape(arguments.vision_layers, arguments.vision_width, arguments.layers, arguments.width)
+    num_patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    captioner = Captioner(Tokenizer.load(arguments.tokenizer), vision["image_size"], num_patches)
+    model = build_llava(vision, text, captioner.vocab_size, captioner.image_token, tied=True, seed=arguments.seed).bfloat16()
     stages = {}
     total = arguments.steps + arguments.finetune_steps
     for name, instruction, steps, lr in (

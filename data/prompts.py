@@ -23,6 +23,7 @@ from metalm.objectives.base import Objective
 from metalm.segments import IGNORE, Document, Span, Text
 
 CAPTION_PROMPT = "caption:"
+Segments = list[Text | Span]
 
 
 def question_prompt(question: str) -> str:
@@ -70,7 +71,7 @@ class Interface:
             raise ConfigError("this objective lets an encoder read text: the model needs a text or fused encoder")
         return self.span(self.text, {"tokens": tokens}, first_target)
 
-    def read(self, image: bytes | None, tokens: list[int]) -> list[Text | Span]:
+    def read(self, image: bytes | None, tokens: list[int]) -> Segments:
         """An image, a text, or both, as the model's encoders read them."""
         if image is None:
             return [] if not tokens else [self.read_tokens(tokens)] if self.text else [Text(tokens, target=False)]
@@ -90,7 +91,7 @@ class Interface:
         answers are joined, the same words are then the same tokens."""
         return self.tokenizer.encode(" " + text.strip())
 
-    def query(self, image: bytes | None, tokens: list[int], context: list[int]) -> tuple[list[Text | Span], list[Text | Span]]:
+    def query(self, image: bytes | None, tokens: list[int], context: list[int]) -> tuple[Segments, Segments]:
         """An image, or a textual `context` in its place, and `tokens` on it.
 
         Returns:
@@ -102,7 +103,7 @@ class Interface:
             return [], self.read(image, [*context[: self.text_room - len(tokens)], *tokens])
         return self.read(image, context[: self.text_room]), self.read(None, tokens)
 
-    def prompt(self, image: bytes | None, text: str) -> list[Text | Span]:
+    def prompt(self, image: bytes | None, text: str) -> Segments:
         """An instruction on an image: what the model reads before it answers."""
         shared, own = self.query(image, self.encode(text) if text else [], [])
         return [*shared, *own]
@@ -111,21 +112,21 @@ class Interface:
         """A text to predict with the `</s>` that ends it, cut to `room` tokens; what is cut does not end."""
         return [*self.encode(text), self.tokenizer.end][:room]
 
-    def answer(self, prompt: list[Text | Span], text: str) -> list[Text | Span]:
-        """The prompt with its answer as the target.
+    def answer(self, shared: Segments, own: Segments, text: str) -> tuple[Segments, Segments]:
+        """A query with its answer as the target, (shared, own) as the query is.
 
         Raises:
             DataError: not a token of the answer would fit.
         """
-        length = sum(map(len, prompt))
+        length = sum(map(len, (*shared, *own)))
         if length + 2 > self.max_length:
             raise DataError(f"a prompt of {length} positions leaves no room for an answer in {self.max_length}")
-        return [*prompt, Text(self.turn(text, self.max_length - length))]
+        return shared, [*own, Text(self.turn(text, self.max_length - length))]
 
-    def documents(self, turns: list[tuple[list[Text | Span], list[Text | Span]]], key: str) -> Iterator[Document]:
+    def documents(self, turns: list[tuple[Segments, Segments]], key: str) -> Iterator[Document]:
         """Turns on the same image or context, each as (shared, own): as branches of as few documents as hold them."""
-        branches: list[list[Text | Span]] = []
-        shared: list[Text | Span] = []
+        branches: list[Segments] = []
+        shared: Segments = []
         length = 0
         for shared, own in turns:
             added = sum(map(len, own))
@@ -137,7 +138,7 @@ class Interface:
         yield _document(shared, branches, key)
 
 
-def _document(shared: list[Text | Span], branches: list[list[Text | Span]], key: str) -> Document:
+def _document(shared: Segments, branches: list[Segments], key: str) -> Document:
     """A single branch needs no fork."""
     return Document(shared, key, branches) if len(branches) > 1 else Document([*shared, *branches[0]], key)
 
@@ -178,11 +179,13 @@ def text(interface: Interface, sample: Sample, rng: random.Random, objective: Ob
             yield Document(objective.lay_out(piece, interface, rng), sample.key)
 
 
-def captioning(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Document]:
-    """Fine-tuning for captions: the image with "caption:", one of its captions as the target."""
+def captioning(interface: Interface, sample: Sample, rng: random.Random, captions: int = 1) -> Iterator[Document]:
+    """Fine-tuning for captions: the image with "caption:", one of its captions as the target, or `captions` of them."""
     if sample.image is None or not sample.captions:
         raise DataError(f"sample {sample.key!r}: the task captioning needs an image and captions")
-    yield Document(interface.answer(caption_query(interface, sample), rng.choice(sample.captions)), sample.key)
+    query = interface.query(sample.image, interface.encode(CAPTION_PROMPT), [])
+    chosen = rng.sample(sample.captions, min(captions, len(sample.captions)))
+    yield from interface.documents([interface.answer(*query, caption) for caption in chosen], sample.key)
 
 
 def vqa(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Document]:
@@ -193,22 +196,20 @@ def vqa(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Do
     for question in sample.questions:
         if not (question.answers or question.soft_answers):
             raise DataError(f"sample {sample.key!r}: question {question.id!r} has no answer to train on")
-        shared, own = _question_query(interface, sample, question)
-        answered = interface.answer([*shared, *own], question.best_answer)
-        turns.append((shared, answered[len(shared) :]))
+        turns.append(interface.answer(*_question_query(interface, sample, question), question.best_answer))
     yield from interface.documents(turns, sample.key)
 
 
-def caption_query(interface: Interface, sample: Sample) -> list[Text | Span]:
+def caption_query(interface: Interface, sample: Sample) -> Segments:
     return interface.prompt(sample.image, CAPTION_PROMPT)
 
 
-def question_query(interface: Interface, sample: Sample, question: Question) -> list[Text | Span]:
+def question_query(interface: Interface, sample: Sample, question: Question) -> Segments:
     """What the model reads before it answers: the question on an image or, without one, on the sample's text."""
     return [segment for part in _question_query(interface, sample, question) for segment in part]
 
 
-def _question_query(interface: Interface, sample: Sample, question: Question) -> tuple[list[Text | Span], list[Text | Span]]:
+def _question_query(interface: Interface, sample: Sample, question: Question) -> tuple[Segments, Segments]:
     context = interface.encode(sample.text) if sample.image is None and sample.text else []
     return interface.query(sample.image, interface.encode(question_prompt(question.question)), context)
 

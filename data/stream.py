@@ -32,8 +32,8 @@ from metalm.segments import Batch, Document, load_spans, make_batch
 class SourceConfig:
     """One part of the mixture: shards, the task that lays them out, and how often it is drawn.
 
-    `objective` is for the task `text` alone, which cannot do without; `captions` is for `image_text`: so many of an image's
-    captions make one document.
+    `objective` is for the task `text` alone, which cannot do without; `captions` of an image are learned at each visit, by the
+    tasks `image_text` and `captioning`.
     """
 
     shards: str | list[str]
@@ -49,8 +49,8 @@ class SourceConfig:
             raise ConfigError(f"no task is called {self.task!r}{did_you_mean(self.task, list(TASKS))}")
         if self.weight <= 0:
             raise ConfigError(f"weight {self.weight} must be positive")
-        if self.captions < 1 or (self.captions > 1 and self.task != "image_text"):
-            raise ConfigError(f"captions {self.captions} must be at least 1, and 1 for any task but image_text")
+        if self.captions < 1 or (self.captions > 1 and self.task not in ("image_text", "captioning")):
+            raise ConfigError(f"captions {self.captions} must be at least 1, and 1 for tasks but image_text and captioning")
         if (self.task == "text") != (self.objective is not None):
             raise ConfigError(f"the task {self.task!r} takes {'an' if self.task == 'text' else 'no'} objective")
 
