@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from metalm.data.images import decode_image
 from metalm.encoders.base import Collated, Encoder, EncoderConfig, Processor, pack_spans
 from metalm.encoders.text import check_room
+from metalm.encoders.vit import ImageShape, PatchEmbedding
 from metalm.errors import ConfigError
 from metalm.nn.attention import Mask, same_document
 from metalm.nn.positions import LearnedPositions, rotary_tables
@@ -23,14 +24,12 @@ from metalm.nn.transformer import MLP, Attention, TransformerConfig, init_weight
 
 
 @dataclass(kw_only=True)
-class FusedEncoderConfig(TransformerConfig, EncoderConfig):
-    """A stack over `image_size` / `patch_size` squared patches and up to `max_positions` tokens.
+class FusedEncoderConfig(ImageShape, TransformerConfig, EncoderConfig):
+    """A stack over (`image_size` / `patch_size`) squared patches and up to `max_positions` tokens.
 
     Patches have learned positions; tokens have learned ones too (the paper's), or rotations, which find neighbours sooner.
     """
 
-    image_size: int = 224
-    patch_size: int = 16
     positions: Literal["learned", "rotary"] = "learned"
     max_positions: int = 40
     experts: bool = False
@@ -38,15 +37,10 @@ class FusedEncoderConfig(TransformerConfig, EncoderConfig):
     vocab_size: int = 0
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.image_size % self.patch_size:
-            raise ConfigError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+        TransformerConfig.__post_init__(self)
+        ImageShape.__post_init__(self)
         if self.relative_bias:
             raise ConfigError("relative_bias is not for the fused encoder: patches have no place in the text")
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
 
 
 @dataclass
@@ -97,28 +91,6 @@ class FusedProcessor(Processor):
         return {"tokens": [0]}
 
 
-class PatchEmbedding(nn.Module):
-    """Pixels of each patch, normalised, to one vector of the size of a token's embedding.
-
-    Raw pixels share a large mean (a white wall), which an optimizer's step multiplies by the number of pixels; normalised
-    ones train at the rate of the other matrices. Source: Dual PatchNorm (arXiv 2302.01327), the norm before the map.
-    """
-
-    def __init__(self, patch_size: int, width: int):
-        super().__init__()
-        self.patch_size = patch_size
-        self.norm = nn.LayerNorm(3 * patch_size**2)
-        self.map = nn.Linear(3 * patch_size**2, width)
-        self.scale = width**-0.5
-
-    def forward(self, pixels_N3HW: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] -> [N, P, D], patches in reading order."""
-        N, C, H, W = pixels_N3HW.shape
-        p = self.patch_size
-        patches = pixels_N3HW.view(N, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(N, H * W // p**2, C * p * p)
-        return self.map(self.norm(patches.to(self.map.weight.dtype) / 255)) * self.scale
-
-
 class FusedBlock(nn.Module):
     """Shared attention, then one network for all positions or one a modality."""
 
@@ -160,8 +132,7 @@ class FusedEncoder(Encoder):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         if config.positions == "learned":
             self.text_positions = LearnedPositions(config.max_positions, config.width)
-        self.patches = PatchEmbedding(config.patch_size, config.width)
-        self.patch_positions = LearnedPositions(config.num_patches, config.width)
+        self.patches = PatchEmbedding(config, config.width)
         self.dropout = nn.Dropout(config.dropout)
         first_fusion = config.layers - config.fusion_layers
         self.blocks = nn.ModuleList(FusedBlock(config, layer >= first_fusion) for layer in range(config.layers))
@@ -179,7 +150,7 @@ class FusedEncoder(Encoder):
             rotary = rotary_tables(position_RS, self.width // self.config.heads)
         else:
             words = words + self.text_positions(position_RS.flatten()[places["text"]])
-        patches = self.patches(pixels_N3HW) + self.patch_positions.weight
+        patches = self.patches(pixels_N3HW)
         x = words.new_zeros(R * S, self.width)
         x = x.index_copy(0, places["text"], words).index_copy(0, places["patch"], patches.flatten(0, 1))
         x_RSD = self.dropout(x.view(R, S, self.width))

@@ -9,6 +9,9 @@ finished by the same command.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,7 @@ from rich.table import Table
 
 from metalm.data.scenes import HELD_OUT, write_scenes
 from metalm.data.shards import read_samples
+from metalm.errors import TrainingError
 from metalm.evaluation.captioning import evaluate_captioning
 from metalm.evaluation.predictor import Predictor
 from metalm.evaluation.report import Table as ReportTable
@@ -25,10 +29,9 @@ from metalm.evaluation.report import Text as ReportText
 from metalm.evaluation.report import caption_gallery, loss_curve, vqa_gallery, write_report
 from metalm.evaluation.vqa import evaluate_vqa
 from metalm.inference.generate import GenerationConfig
-from metalm.training.config import load_run_config
-from metalm.training.loop import train
 
 console = Console()
+ROWS = 24  # of all processes
 
 
 def run_demo(out: Path, seed: int = 0) -> dict:
@@ -47,10 +50,10 @@ def run_demo(out: Path, seed: int = 0) -> dict:
         seconds[name] = round(time.monotonic() - started, 1)
 
     def pretrain() -> None:
-        train(load_run_config("demo/pretrain.yaml", [*variables, f"out={pretrained}"]))
+        train("demo/pretrain.yaml", *variables, f"out={pretrained}")
 
     def finetune() -> None:
-        train(load_run_config("demo/captioning.yaml", [*variables, f"out={captioner}", f"init_from={pretrained}"]))
+        train("demo/captioning.yaml", *variables, f"out={captioner}", f"init_from={pretrained}")
 
     def vqa() -> None:
         predictor = Predictor.load(pretrained, GenerationConfig(max_new_tokens=8))
@@ -73,6 +76,31 @@ def run_demo(out: Path, seed: int = 0) -> dict:
     print_summary(summary)
     console.print(f"report: {report}", highlight=False)
     return summary
+
+
+def train(config: str, *overrides: str) -> None:
+    """`metalm train` in processes of its own, one a GPU. Without a GPU there are two, with half the cores each: small matrices
+    do not keep many threads busy.
+
+    Raises:
+        TrainingError: it failed, for a reason that it has printed.
+    """
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = torch.cuda.device_count() or min(2, cores)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launcher, "-m", "metalm", "train", config, *overrides, f"data.rows={ROWS // processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // processes))}
+    console.print(" ".join(["torchrun", *command[4:]]), style="dim", highlight=False)
+    process = subprocess.Popen(command, env=environment)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # which the processes got as well; they save what they have
+        process.wait()
+        raise
+    if code:
+        raise TrainingError(f"training stopped (exit status {code}, see above); the same command resumes it")
 
 
 def summarize(out: Path, seconds: dict[str, float]) -> dict:

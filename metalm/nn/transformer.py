@@ -29,7 +29,7 @@ class TransformerConfig:
     ffn: int = 0
     norm: Literal["layer", "rms"] = "layer"
     mlp: Literal["gelu", "relu", "swiglu"] = "gelu"
-    positions: Literal["sinusoidal", "learned", "rotary"] = "sinusoidal"
+    positions: Literal["sinusoidal", "learned", "rotary", "none"] = "sinusoidal"
     relative_bias: bool = False
     max_positions: int = 1024
     bias: bool = True

@@ -22,6 +22,7 @@ CLIP = {"type": "open_clip", "name": "ViT-S-32-alt", "image_size": 64}  # open_c
 CONFIGS = {
     "text": {"type": "text", **SIZE},
     "fused": {"type": "fused", **SIZE, "image_size": 16, "patch_size": 8},
+    "vit": {"type": "vit", "layers": 3, "width": 16, "heads": 2, "image_size": 16, "patch_size": 8},
     "fused, experts": {"type": "fused", **SIZE, "image_size": 16, "patch_size": 8, "experts": True, "fusion_layers": 1},
     "timm ViT": VIT,
     "timm BEiT": {
@@ -254,6 +255,7 @@ def test_open_clip_checkpoints_load(tmp_path):
         ({"type": "text", "layers": 1, "width": 8, "heads": 1}, "vocab_size is not set"),
         ({"type": "fused", "layers": 1, "width": 8, "heads": 1}, "vocab_size is not set"),
         ({**CONFIGS["fused"], "patch_size": 5}, "image_size 16 is not divisible by patch_size 5"),
+        ({**CONFIGS["vit"], "patch_size": 0}, "image_size 16 is not divisible by patch_size 0"),
         ({**CONFIGS["fused"], "relative_bias": True}, "relative_bias is not for the fused encoder"),
     ],
 )
