@@ -19,7 +19,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 HELD_OUT = frozenset(zip(COLORS, SHAPES))  # the diagonal: each colour and each shape is seen in five other pairs
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 NUMBERS = ("zero", "one", "two", "three")
+CAPTIONS = 10  # of a scene
 IMAGE_SIZE = 48
 CELL = IMAGE_SIZE // 3
 
@@ -159,27 +160,49 @@ def facts(scene: Scene, rng: random.Random) -> list[Fact]:
     return [rng.choice(found[name]) for name in rng.sample(list(found), len(found))]
 
 
-def _unique(scene: Scene, attribute: Callable[[Thing], str]) -> list[Thing]:
-    values = [attribute(thing) for thing in scene]
-    return [thing for thing in scene if values.count(attribute(thing)) == 1]
+def _unique(scene: Scene, attribute: str) -> list[Thing]:
+    values = [getattr(thing, attribute) for thing in scene]
+    return [thing for thing in scene if values.count(getattr(thing, attribute)) == 1]
 
 
 def _attributes(scene: Scene) -> Iterator[Fact]:
-    for thing in _unique(scene, lambda thing: thing.shape):
-        name = thing.shape
-        yield Fact("color", (f"the color of the {name} is", f"the {name} is"), (f"what color is the {name}?",), thing.color)
-        yield Fact("place", (f"the place of the {name} is",), (f"where is the {name}?",), thing.place)
-    for thing in _unique(scene, lambda thing: thing.color):
-        name = f"{thing.color} thing"
-        yield Fact("shape", (f"the shape of the {name} is a", f"the {name} is a"), (f"what shape is the {name}?",), thing.shape)
+    """Colour, shape and place, each told by one of the others."""
+    for thing in _unique(scene, "shape"):
+        name = f"the {thing.shape}"
+        yield _color(thing, name)
+        yield _place(thing, name)
+    for thing in _unique(scene, "color"):
+        name = f"the {thing.color} thing"
+        yield _shape(thing, name)
+        yield _place(thing, name)
+    for thing in scene:
+        name = f"the thing in the {thing.place}"
+        yield _color(thing, name)
+        yield _shape(thing, name)
+
+
+def _color(thing: Thing, name: str) -> Fact:
+    return Fact("color", (f"the color of {name} is", f"{name} is"), (f"what color is {name}?",), thing.color)
+
+
+def _shape(thing: Thing, name: str) -> Fact:
+    return Fact("shape", (f"the shape of {name} is a", f"{name} is a"), (f"what shape is {name}?",), thing.shape)
+
+
+def _place(thing: Thing, name: str) -> Fact:
+    return Fact("place", (f"the place of {name} is", f"{name} is in the"), (f"where is {name}?",), thing.place)
 
 
 def _counts(scene: Scene) -> Iterator[Fact]:
-    count = NUMBERS[len(scene)]
-    yield Fact("count", ("the number of things is", "things in all:"), ("how many things are there?",), count)
+    yield _count(len(scene), "things", "things in all:")
     for shape in sorted({thing.shape for thing in scene}):
-        count = NUMBERS[sum(thing.shape == shape for thing in scene)]
-        yield Fact("count", (f"the number of {plural(shape)} is",), (f"how many {plural(shape)} are there?",), count)
+        yield _count(sum(thing.shape == shape for thing in scene), plural(shape))
+    for color in sorted({thing.color for thing in scene}):
+        yield _count(sum(thing.color == color for thing in scene), f"{color} things")
+
+
+def _count(number: int, what: str, *statements: str) -> Fact:
+    return Fact("count", (f"the number of {what} is", *statements), (f"how many {what} are there?",), NUMBERS[number])
 
 
 def _existence(scene: Scene, rng: random.Random) -> Iterator[Fact]:
@@ -195,8 +218,9 @@ def _existence(scene: Scene, rng: random.Random) -> Iterator[Fact]:
 
 
 def _relations(scene: Scene) -> Iterator[Fact]:
-    things = _unique(scene, lambda thing: thing.shape)
-    for thing in things:
+    names = [(thing, f"the {thing.shape}") for thing in _unique(scene, "shape")]
+    names += [(thing, f"the {thing.color} thing") for thing in _unique(scene, "color")]
+    for thing, name in names:
         for word, others in (
             ("left of", [t for t in scene if t.column < thing.column]),
             ("right of", [t for t in scene if t.column > thing.column]),
@@ -204,16 +228,16 @@ def _relations(scene: Scene) -> Iterator[Fact]:
             ("below", [t for t in scene if t.row > thing.row]),
         ):
             if len(others) == 1:
-                where = f"{word} the {thing.shape}"
+                where = f"{word} {name}"
                 yield Fact("relation", (f"the thing {where} is the",), (f"what is {where}?",), others[0].name)
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
-    """A caption of pretraining: one statement, or a listing.
+def captions(scene: Scene, rng: random.Random) -> list[str]:
+    """Captions of pretraining: ten, most of them one statement, some a listing.
 
     Most end where a fact is told, as answers do; after longer ones the model would go on talking when it is asked.
     """
-    return facts(scene, rng)[0].statement(rng) if rng.random() < 0.7 else listing(scene, rng)
+    return [listing(scene, rng) if rng.random() < 0.15 else facts(scene, rng)[0].statement(rng) for _ in range(CAPTIONS)]
 
 
 def canonical_caption(scene: Scene) -> str:
@@ -237,7 +261,7 @@ def image_samples(seed: int, count: int) -> Iterator[Sample]:
     for i in range(count):
         rng = random.Random(f"images {seed} {i}")
         scene = random_scene(rng, held_out=False)
-        yield Sample(f"image-{i:06d}", draw(scene, rng), captions=[caption(scene, rng) for _ in range(5)])
+        yield Sample(f"image-{i:06d}", draw(scene, rng), captions=captions(scene, rng))
 
 
 def text_samples(seed: int, count: int) -> Iterator[Sample]:
@@ -245,7 +269,7 @@ def text_samples(seed: int, count: int) -> Iterator[Sample]:
     for i in range(count):
         rng = random.Random(f"text {seed} {i}")
         scene = random_scene(rng, held_out=None)
-        yield Sample(f"text-{i:06d}", text=listing(scene, rng) + ".", captions=[caption(scene, rng) for _ in range(5)])
+        yield Sample(f"text-{i:06d}", text=listing(scene, rng) + ".", captions=captions(scene, rng))
 
 
 def question_samples(seed: int, count: int) -> Iterator[Sample]:
