@@ -233,11 +233,11 @@ def _relations(scene: Scene) -> Iterator[Fact]:
 
 
 def captions(scene: Scene, rng: random.Random) -> list[str]:
-    """Captions of pretraining: ten, most of them one statement, some a listing.
+    """Captions of pretraining: most of them one statement, some a listing.
 
     Most end where a fact is told, as answers do; after longer ones the model would go on talking when it is asked.
     """
-    return [listing(scene, rng) if rng.random() < 0.15 else facts(scene, rng)[0].statement(rng) for _ in range(CAPTIONS)]
+    return [listing(scene, rng) if rng.random() < 0.3 else facts(scene, rng)[0].statement(rng) for _ in range(CAPTIONS)]
 
 
 def canonical_caption(scene: Scene) -> str:
@@ -276,7 +276,7 @@ def question_samples(seed: int, count: int) -> Iterator[Sample]:
     for i in range(count):
         rng = random.Random(f"questions {seed} {i}")
         scene = random_scene(rng, held_out=None)
-        yield Sample(f"question-{i:06d}", text=listing(scene, rng) + ".", questions=ask(scene, rng, 2))
+        yield Sample(f"question-{i:06d}", text=listing(scene, rng) + ".", questions=ask(scene, rng, 4))
 
 
 def vqa_samples(seed: int, count: int) -> Iterator[Sample]:

@@ -138,6 +138,8 @@ class FusedEncoder(Encoder):
         self.blocks = nn.ModuleList(FusedBlock(config, layer >= first_fusion) for layer in range(config.layers))
         self.norm = make_norm(config)
         self.apply(init_weights)
+        for block in self.blocks:
+            block.attention.match_queries_to_keys()
         scale_residuals(self.blocks)
 
     def forward(self, pixels_N3HW: Tensor, tokens_M: Tensor, span_RS: Tensor, position_RS: Tensor, **places: Tensor) -> Tensor:

@@ -386,3 +386,15 @@ def test_missing_shards_are_named(interface, tmp_path):
     config = settings(tmp_path, train=[{"shards": str(tmp_path / "nowhere"), "task": "image_text"}])
     with pytest.raises(DataError, match=r"nowhere.*does not exist; make shards with `metalm data"):
         loader(interface, config)
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ({"task": "vqa", "captions": 2}, "captions 2 must be at least 1, and 1 for tasks but image_text and captioning"),
+        ({"task": "image_text", "captions": 0}, "captions 0 must be at least 1"),
+    ],
+)
+def test_options_that_a_task_has_not_are_refused(data, source, message):
+    with pytest.raises(ConfigError, match=message):
+        settings(data, train=[{"shards": str(data / "pairs"), **source}])
