@@ -19,7 +19,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,49 +160,27 @@ def facts(scene: Scene, rng: random.Random) -> list[Fact]:
     return [rng.choice(found[name]) for name in rng.sample(list(found), len(found))]
 
 
-def _unique(scene: Scene, attribute: str) -> list[Thing]:
-    values = [getattr(thing, attribute) for thing in scene]
-    return [thing for thing in scene if values.count(getattr(thing, attribute)) == 1]
+def _unique(scene: Scene, attribute: Callable[[Thing], str]) -> list[Thing]:
+    values = [attribute(thing) for thing in scene]
+    return [thing for thing in scene if values.count(attribute(thing)) == 1]
 
 
 def _attributes(scene: Scene) -> Iterator[Fact]:
-    """Colour, shape and place, each told by one of the others."""
-    for thing in _unique(scene, "shape"):
-        name = f"the {thing.shape}"
-        yield _color(thing, name)
-        yield _place(thing, name)
-    for thing in _unique(scene, "color"):
-        name = f"the {thing.color} thing"
-        yield _shape(thing, name)
-        yield _place(thing, name)
-    for thing in scene:
-        name = f"the thing in the {thing.place}"
-        yield _color(thing, name)
-        yield _shape(thing, name)
-
-
-def _color(thing: Thing, name: str) -> Fact:
-    return Fact("color", (f"the color of {name} is", f"{name} is"), (f"what color is {name}?",), thing.color)
-
-
-def _shape(thing: Thing, name: str) -> Fact:
-    return Fact("shape", (f"the shape of {name} is a", f"{name} is a"), (f"what shape is {name}?",), thing.shape)
-
-
-def _place(thing: Thing, name: str) -> Fact:
-    return Fact("place", (f"the place of {name} is", f"{name} is in the"), (f"where is {name}?",), thing.place)
+    for thing in _unique(scene, lambda thing: thing.shape):
+        name = thing.shape
+        yield Fact("color", (f"the color of the {name} is", f"the {name} is"), (f"what color is the {name}?",), thing.color)
+        yield Fact("place", (f"the place of the {name} is", f"the {name} is in the"), (f"where is the {name}?",), thing.place)
+    for thing in _unique(scene, lambda thing: thing.color):
+        name = f"{thing.color} thing"
+        yield Fact("shape", (f"the shape of the {name} is a", f"the {name} is a"), (f"what shape is the {name}?",), thing.shape)
 
 
 def _counts(scene: Scene) -> Iterator[Fact]:
-    yield _count(len(scene), "things", "things in all:")
+    count = NUMBERS[len(scene)]
+    yield Fact("count", ("the number of things is", "things in all:"), ("how many things are there?",), count)
     for shape in sorted({thing.shape for thing in scene}):
-        yield _count(sum(thing.shape == shape for thing in scene), plural(shape))
-    for color in sorted({thing.color for thing in scene}):
-        yield _count(sum(thing.color == color for thing in scene), f"{color} things")
-
-
-def _count(number: int, what: str, *statements: str) -> Fact:
-    return Fact("count", (f"the number of {what} is", *statements), (f"how many {what} are there?",), NUMBERS[number])
+        count = NUMBERS[sum(thing.shape == shape for thing in scene)]
+        yield Fact("count", (f"the number of {plural(shape)} is",), (f"how many {plural(shape)} are there?",), count)
 
 
 def _existence(scene: Scene, rng: random.Random) -> Iterator[Fact]:
@@ -218,9 +196,8 @@ def _existence(scene: Scene, rng: random.Random) -> Iterator[Fact]:
 
 
 def _relations(scene: Scene) -> Iterator[Fact]:
-    names = [(thing, f"the {thing.shape}") for thing in _unique(scene, "shape")]
-    names += [(thing, f"the {thing.color} thing") for thing in _unique(scene, "color")]
-    for thing, name in names:
+    things = _unique(scene, lambda thing: thing.shape)
+    for thing in things:
         for word, others in (
             ("left of", [t for t in scene if t.column < thing.column]),
             ("right of", [t for t in scene if t.column > thing.column]),
@@ -228,7 +205,7 @@ def _relations(scene: Scene) -> Iterator[Fact]:
             ("below", [t for t in scene if t.row > thing.row]),
         ):
             if len(others) == 1:
-                where = f"{word} {name}"
+                where = f"{word} the {thing.shape}"
                 yield Fact("relation", (f"the thing {where} is the",), (f"what is {where}?",), others[0].name)
 
 

@@ -31,7 +31,7 @@ from metalm.evaluation.vqa import evaluate_vqa
 from metalm.inference.generate import GenerationConfig
 
 console = Console()
-ROWS = 24  # of all processes
+ROWS = 48  # of all processes
 
 
 def run_demo(out: Path, seed: int = 0) -> dict:

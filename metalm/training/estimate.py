@@ -31,16 +31,19 @@ def model_state_bytes(parameters: int, trainable: int, precision: str, world: in
 def flops_per_step(config: RunConfig, model: MetaLM) -> int:
     """Forward and backward FLOPs of one rank's step on full rows, counted on the meta device.
 
-    Each row holds as many documents as fit of what the model can read: an image with 16 tokens of text and 48 to predict.
+    Each row holds as many documents as fit of what the model can read: an image with 16 tokens of text, 64 more for an encoder
+    of text alone, and 48 to predict, or what there is room for.
     """
     from metalm.encoders.image import one_pixel_png
 
     interface = Interface.of(model, None, 1 << 30)
     image = one_pixel_png() if interface.image or interface.fused else None
     prompt = interface.read(image, [0] * 16)
-    for span in (interface.read_tokens([0] * 64),) if interface.text and interface.text != interface.fused else ():
-        prompt.append(span)
-    document = load_spans(Document([*prompt, Text([0] * 48)]), model.processors)
+    room = config.data.row_length - sum(map(len, prompt))
+    if interface.text and interface.text != interface.fused:
+        prompt.append(interface.read_tokens([0] * max(1, min(64, room // 2))))
+    room = config.data.row_length - sum(map(len, prompt))
+    document = load_spans(Document([*prompt, Text([0] * max(1, min(48, room)))]), model.processors)
     count = max(1, config.data.row_length // len(document))
     batch = make_batch([[document] * count] * config.data.rows, model.processors, config.data.row_length)
     targets = batch.num_targets

@@ -111,7 +111,7 @@ def run_steps(engine, loader: Loader, config: RunConfig, step: int, reporter: Re
             reporter.metrics(step, values)
             loss, tokens, positions, since, saved = torch.zeros_like(loss), 0, 0, time.monotonic(), step
         if training.validate_every and (step % training.validate_every == 0 or last):
-            reporter.metrics(step, {"val_loss": validate(engine, config, interface)})
+            reporter.metrics(step, {"val_loss": validate(engine, config, interface, reporter)})
         if checkpoint:
             try:
                 save_checkpoint(engine, loader, run, step, training.keep_checkpoints)
@@ -204,7 +204,7 @@ def difference(before: dict, after: dict, key: str = "model") -> str:
     return ""
 
 
-def validate(engine, config: RunConfig, interface: Interface) -> float:
+def validate(engine, config: RunConfig, interface: Interface, reporter: Reporter) -> float:
     """Cross-entropy in nats a target token over the whole validation set, the same for any number of ranks.
 
     Every rank lays all of it out and computes each world-th batch; all run equally many forward passes, which ZeRO-3
@@ -225,6 +225,8 @@ def validate(engine, config: RunConfig, interface: Interface) -> float:
 
     group: list[Batch] = []
     for batch in stream:
+        for message in batch.broken:
+            reporter.message(f"skipped in validation: {message}")
         group.append(batch)
         if len(group) == world:
             run_group(group)

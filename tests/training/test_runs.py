@@ -147,8 +147,11 @@ def test_broken_pictures_are_named_skipped_and_limited(tiny_yaml, scenes, tmp_pa
     write_shards(samples, tmp_path / "shards", 8)
     source = [{"shards": str(tmp_path / "shards"), "task": "image_text"}]
     overrides = [f"data.train={json.dumps(source)}", "data.block=8", "training.steps=8"]
+    overrides += [f"data.validation={json.dumps(source)}", "training.validate_every=8"]
     train(load_run_config(tiny_yaml, [*overrides, f"out={tmp_path / 'run'}"]))
-    assert "skipped: sample 'cut-off': not a complete picture" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "skipped: sample 'cut-off': not a complete picture" in said
+    assert "skipped in validation: sample 'cut-off': not a complete picture" in said
     with pytest.raises(DataError, match=r"broken samples, more than data\.max_broken=0.*\n.*'cut-off'"):
         train(load_run_config(tiny_yaml, [*overrides, "data.max_broken=0", f"out={tmp_path / 'other'}"]))
 
