@@ -1,7 +1,8 @@
 """The peer that METALM is measured against: Hugging Face's LLaVA, trained from scratch on the same samples.
 
     python -m benchmarks.peer_llava --shards runs/flickr8k/train --val runs/flickr8k/val \
-        --tokenizer runs/photos --steps 1000 --finetune-steps 300 --out runs/peer.json
+        --tokenizer runs/photos --steps 1000 --finetune-steps 200 --vision-width 256 --layers 6 --width 256 \
+        --out runs/peer.json
 
 First every image with one of its captions, drawn anew at each visit (LLaVA's stage 1), then the same with the prompt
 "caption:" (stage 2); the loss is on the caption and its end token only. Then greedy captions of the validation images,
@@ -33,7 +34,7 @@ from metalm.data.prompts import CAPTION_PROMPT
 from metalm.data.sample import Sample
 from metalm.data.shards import read_samples
 from metalm.data.tokenizer import Tokenizer
-from metalm.errors import DataError, TrainingError
+from metalm.errors import ConfigError, DataError, TrainingError
 from metalm.evaluation.caption_metrics import caption_metrics
 from metalm.segments import IGNORE
 
@@ -79,8 +80,10 @@ def build_llava(vision: dict, text: dict, vocab_size: int, image_token: int, tie
     return LlavaForConditionalGeneration(config)
 
 
-def shape(vision_layers: int, vision_width: int, layers: int, width: int) -> tuple[dict, dict]:
+def vision_and_text(vision_layers: int, vision_width: int, layers: int, width: int) -> tuple[dict, dict]:
     """The 37M shape with other depths and widths; heads stay 64 wide, Llama's gated networks near 8/3 of the width."""
+    if vision_width % 64 or width % 64 or min(vision_width, width) < 64:
+        raise ConfigError(f"widths {vision_width} and {width} must be multiples of 64")
     vision = {
         "hidden_size": vision_width,
         "num_hidden_layers": vision_layers,
@@ -248,7 +251,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     samples, validation = read_captioned(arguments.shards), read_captioned(arguments.val)
-    vision, text = shape(arguments.vision_layers, arguments.vision_width, arguments.layers, arguments.width)
+    vision, text = vision_and_text(arguments.vision_layers, arguments.vision_width, arguments.layers, arguments.width)
     num_patches = (vision["image_size"] // vision["patch_size"]) ** 2
     captioner = Captioner(Tokenizer.load(arguments.tokenizer), vision["image_size"], num_patches)
     model = build_llava(vision, text, captioner.vocab_size, captioner.image_token, tied=True, seed=arguments.seed).bfloat16()

@@ -12,13 +12,14 @@ so that no task below has to care.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from metalm.data.sample import Question, Sample
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError, DataError
+from metalm.nn.packing import pack
 from metalm.objectives.base import Objective
 from metalm.segments import IGNORE, Document, Span, Text
 
@@ -91,56 +92,55 @@ class Interface:
         answers are joined, the same words are then the same tokens."""
         return self.tokenizer.encode(" " + text.strip())
 
-    def query(self, image: bytes | None, tokens: list[int], context: list[int]) -> tuple[Segments, Segments]:
+    def query(self, image: bytes | None, tokens: list[int], context: Sequence[int] = ()) -> Segments:
         """An image, or a textual `context` in its place, and `tokens` on it.
 
-        Returns:
-            (what all queries on the same image or context share, what is this one's own). A fused encoder reads both at
-            once, so that nothing is shared; the context is what it cuts where they do not fit.
+        A fused encoder reads both at once, others one by one; the context is what gets cut for room.
         """
         tokens = tokens[: self.text_room]
         if self.fused:
-            return [], self.read(image, [*context[: self.text_room - len(tokens)], *tokens])
-        return self.read(image, context[: self.text_room]), self.read(None, tokens)
+            return self.read(image, [*context[: self.text_room - len(tokens)], *tokens])
+        return [*self.read(image, list(context[: self.text_room])), *self.read(None, tokens)]
 
     def prompt(self, image: bytes | None, text: str) -> Segments:
         """An instruction on an image: what the model reads before it answers."""
-        shared, own = self.query(image, self.encode(text) if text else [], [])
-        return [*shared, *own]
+        return self.query(image, self.encode(text) if text else [])
 
     def turn(self, text: str, room: int) -> list[int]:
         """A text to predict with the `</s>` that ends it, cut to `room` tokens; what is cut does not end."""
         return [*self.encode(text), self.tokenizer.end][:room]
 
-    def answer(self, shared: Segments, own: Segments, text: str) -> tuple[Segments, Segments]:
-        """A query with its answer as the target, (shared, own) as the query is.
+    def room(self, prompt: Segments, least: int = 2) -> int:
+        """Tokens of an answer that fit after a prompt.
 
         Raises:
-            DataError: not a token of the answer would fit.
+            DataError: they are fewer than `least`, which is a token and its end.
         """
-        length = sum(map(len, (*shared, *own)))
-        if length + 2 > self.max_length:
+        length = sum(map(len, prompt))
+        if length + least > self.max_length:
             raise DataError(f"a prompt of {length} positions leaves no room for an answer in {self.max_length}")
-        return shared, [*own, Text(self.turn(text, self.max_length - length))]
+        return self.max_length - length
 
-    def documents(self, turns: list[tuple[Segments, Segments]], key: str) -> Iterator[Document]:
-        """Turns on the same image or context, each as (shared, own): as branches of as few documents as hold them."""
-        branches: list[Segments] = []
-        shared: Segments = []
-        length = 0
-        for shared, own in turns:
-            added = sum(map(len, own))
-            if branches and (not shared or length + added > self.max_length):
-                yield _document(shared, branches, key)
-                branches = []
-            length = added + (length if branches else sum(map(len, shared)))
-            branches.append(own)
-        yield _document(shared, branches, key)
+    def answer(self, prompt: Segments, text: str) -> Segments:
+        """The prompt with its answer as the target."""
+        return [*prompt, Text(self.turn(text, self.room(prompt)))]
 
+    def documents(self, turns: list[Segments], key: str) -> Iterator[Document]:
+        """Prompts with their answers, each on its own, in as few documents as hold them.
 
-def _document(shared: Segments, branches: list[Segments], key: str) -> Document:
-    """A single branch needs no fork."""
-    return Document(shared, key, branches) if len(branches) > 1 else Document([*shared, *branches[0]], key)
+        What all of them begin with, an image or a text that they are about, is read once, and they branch off from it.
+        """
+        trunk: Segments = []
+        for same in zip(*(turn[:-1] for turn in turns)):
+            if any(segment != same[0] for segment in same):
+                break
+            trunk.append(same[0])
+        if not trunk or len(turns) == 1:
+            yield from (Document(turn, key) for turn in turns)
+            return
+        branches = [turn[len(trunk) :] for turn in turns]
+        for row in pack([sum(map(len, branch)) for branch in branches], self.max_length - sum(map(len, trunk))):
+            yield Document(trunk, key, [branches[n] for n in sorted(row)])
 
 
 def image_text(interface: Interface, sample: Sample, rng: random.Random, captions: int = 1) -> Iterator[Document]:
@@ -155,13 +155,13 @@ def image_text(interface: Interface, sample: Sample, rng: random.Random, caption
     if not (sample.image or sample.text) or not sample.captions:
         raise DataError(f"sample {sample.key!r}: the task image_text needs captions of an image (or of a text)")
     context = interface.encode(sample.text) if sample.image is None else []
+    room = interface.room(interface.query(sample.image, [], context))
     turns = []
     for caption in rng.sample(sample.captions, min(captions, len(sample.captions))):
-        tokens = interface.turn(caption, interface.max_length)
+        tokens = interface.turn(caption, room)
         p = rng.randint(0, min(len(tokens) - 1, interface.text_room)) if interface.text else 0
-        shared, own = interface.query(sample.image, tokens[:p], context)
-        room = interface.max_length - sum(map(len, (*shared, *own)))
-        turns.append((shared, [*own, Text(tokens[p:][:room])]))
+        prompt = interface.query(sample.image, tokens[:p], context)
+        turns.append([*prompt, Text(tokens[p:][: interface.room(prompt, least=1)])])
     yield from interface.documents(turns, sample.key)
 
 
@@ -183,9 +183,9 @@ def captioning(interface: Interface, sample: Sample, rng: random.Random, caption
     """Fine-tuning for captions: the image with "caption:", one of its captions as the target, or `captions` of them."""
     if sample.image is None or not sample.captions:
         raise DataError(f"sample {sample.key!r}: the task captioning needs an image and captions")
-    query = interface.query(sample.image, interface.encode(CAPTION_PROMPT), [])
+    prompt = caption_query(interface, sample)
     chosen = rng.sample(sample.captions, min(captions, len(sample.captions)))
-    yield from interface.documents([interface.answer(*query, caption) for caption in chosen], sample.key)
+    yield from interface.documents([interface.answer(prompt, caption) for caption in chosen], sample.key)
 
 
 def vqa(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Document]:
@@ -196,7 +196,7 @@ def vqa(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Do
     for question in sample.questions:
         if not (question.answers or question.soft_answers):
             raise DataError(f"sample {sample.key!r}: question {question.id!r} has no answer to train on")
-        turns.append(interface.answer(*_question_query(interface, sample, question), question.best_answer))
+        turns.append(interface.answer(question_query(interface, sample, question), question.best_answer))
     yield from interface.documents(turns, sample.key)
 
 
@@ -206,10 +206,6 @@ def caption_query(interface: Interface, sample: Sample) -> Segments:
 
 def question_query(interface: Interface, sample: Sample, question: Question) -> Segments:
     """What the model reads before it answers: the question on an image or, without one, on the sample's text."""
-    return [segment for part in _question_query(interface, sample, question) for segment in part]
-
-
-def _question_query(interface: Interface, sample: Sample, question: Question) -> tuple[Segments, Segments]:
     context = interface.encode(sample.text) if sample.image is None and sample.text else []
     return interface.query(sample.image, interface.encode(question_prompt(question.question)), context)
 

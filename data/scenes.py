@@ -17,6 +17,7 @@ be learned from text and carried over to pictures by the docked encoder.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -129,14 +130,33 @@ def plural(noun: str) -> str:
     return noun + ("es" if noun.endswith("s") else "s")
 
 
-def listing(scene: Scene, rng: random.Random) -> str:
-    """The things with place, colour and shape, in any order, from the place or from the shape, in one of several frames."""
-    forms = ("in the {t.place} {a_color} {t.shape}", "{a_shape} that is {t.color} in the {t.place}")
-    form = rng.choice(forms)
+@dataclass(frozen=True)
+class Wording:
+    """How a listing puts each thing, and what it puts around them all."""
+
+    forms: tuple[str, ...]
+    frames: tuple[str, ...]
+
+
+SENTENCES = Wording(
+    ("in the {t.place} {a_color} {t.shape}", "{a_shape} that is {t.color} in the {t.place}"),
+    ("{}", "there is {}", "a picture, {}", "we see {}"),
+)
+# As people label pictures in a hurry. Whatever is known of a thing is here followed at once by whatever is asked of it, so
+# that looking up one by the other is learned a step at a time; in sentences words stand between them.
+NOTES = Wording(
+    tuple(" ".join(order) for order in itertools.permutations(("{t.color}", "{t.shape}", "{t.place}"))),
+    ("{}", "a picture, {}"),
+)
+
+
+def listing(scene: Scene, rng: random.Random, wording: Wording = SENTENCES) -> str:
+    """The things with place, colour and shape, in any order, all in one form."""
+    form = rng.choice(wording.forms)
     parts = [
         form.format(t=t, a_color=with_article(t.color), a_shape=with_article(t.shape)) for t in rng.sample(scene, len(scene))
     ]
-    return rng.choice(("{}", "there is {}", "a picture, {}", "we see {}")).format(", ".join(parts))
+    return rng.choice(wording.frames).format(", ".join(parts))
 
 
 @dataclass(frozen=True)
@@ -214,7 +234,8 @@ def captions(scene: Scene, rng: random.Random) -> list[str]:
 
     Most end where a fact is told, as answers do; after longer ones the model would go on talking when it is asked.
     """
-    return [listing(scene, rng) if rng.random() < 0.3 else facts(scene, rng)[0].statement(rng) for _ in range(CAPTIONS)]
+    chosen = rng.choices((SENTENCES, NOTES, None), (0.15, 0.2, 0.65), k=CAPTIONS)
+    return [listing(scene, rng, wording) if wording else facts(scene, rng)[0].statement(rng) for wording in chosen]
 
 
 def canonical_caption(scene: Scene) -> str:

@@ -12,6 +12,7 @@ Pictures are decoded when their row goes out, not when the block is filled.
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -257,6 +258,12 @@ class PackedStream(IterableDataset):
         return documents
 
 
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """A launcher signals whole process groups; a worker that died of it would take the trainer along before it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Loader:
     """Iterates a stream's batches in worker processes and knows its state after each.
 
@@ -278,6 +285,7 @@ class Loader:
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
+            worker_init_fn=leave_signals_to_the_trainer,
             pin_memory=self.pin_memory and torch.cuda.is_available(),
         )
         for batch in loader:

@@ -20,7 +20,7 @@ from metalm.encoders.vit import ImageShape, PatchEmbedding
 from metalm.errors import ConfigError
 from metalm.nn.attention import Mask, same_document
 from metalm.nn.positions import LearnedPositions, rotary_tables
-from metalm.nn.transformer import MLP, Attention, TransformerConfig, init_weights, make_norm, scale_residuals
+from metalm.nn.transformer import MLP, Attention, TransformerConfig, init_weights, make_norm, start_blocks
 
 
 @dataclass(kw_only=True)
@@ -138,9 +138,7 @@ class FusedEncoder(Encoder):
         self.blocks = nn.ModuleList(FusedBlock(config, layer >= first_fusion) for layer in range(config.layers))
         self.norm = make_norm(config)
         self.apply(init_weights)
-        for block in self.blocks:
-            block.attention.match_queries_to_keys()
-        scale_residuals(self.blocks)
+        start_blocks(self.blocks)
 
     def forward(self, pixels_N3HW: Tensor, tokens_M: Tensor, span_RS: Tensor, position_RS: Tensor, **places: Tensor) -> Tensor:
         """States [R, S, D] of packed spans; `places` are the flat places of patches and tokens (see the processor)."""

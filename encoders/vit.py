@@ -27,8 +27,8 @@ class ImageShape:
     patch_size: int = 16
 
     def __post_init__(self):
-        if self.patch_size < 1 or self.image_size % self.patch_size:
-            raise ConfigError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+        if min(self.patch_size, self.image_size) < 1 or self.image_size % self.patch_size:
+            raise ConfigError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
 
     @property
     def num_patches(self) -> int:
@@ -44,6 +44,8 @@ class ViTConfig(ImageShape, TransformerConfig, EncoderConfig):
     def __post_init__(self):
         TransformerConfig.__post_init__(self)
         ImageShape.__post_init__(self)
+        if self.relative_bias:
+            raise ConfigError("relative_bias is not for patches, which lie in two dimensions")
 
 
 class PatchEmbedding(nn.Module):
@@ -61,7 +63,6 @@ class PatchEmbedding(nn.Module):
         self.map = nn.Linear(3 * shape.patch_size**2, width)
         self.scale = width**-0.5
         self.positions = nn.Embedding(shape.num_patches, width)
-        self.apply(init_weights)
 
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] -> [N, P, D], patches in reading order."""
@@ -79,6 +80,7 @@ class ViT(Encoder):
         self.width = config.width
         self.processor = ImageProcessor(config.image_size, config.num_patches, "bicubic")
         self.patches = PatchEmbedding(config, config.width)
+        self.patches.apply(init_weights)
         self.transformer = Transformer(config)
 
     def forward(self, pixels_N3HW: Tensor) -> Tensor:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -29,9 +31,11 @@ from metalm.evaluation.report import Text as ReportText
 from metalm.evaluation.report import caption_gallery, loss_curve, vqa_gallery, write_report
 from metalm.evaluation.vqa import evaluate_vqa
 from metalm.inference.generate import GenerationConfig
+from metalm.training.config import load_run_config
 
 console = Console()
-ROWS = 48  # of all processes
+MAX_PROCESSES = 8  # the captioning set has so many shards
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_demo(out: Path, seed: int = 0) -> dict:
@@ -83,24 +87,28 @@ def train(config: str, *overrides: str) -> None:
     do not keep many threads busy.
 
     Raises:
-        TrainingError: it failed, for a reason that it has printed.
+        TrainingError: it did not finish, for a reason that it has printed.
     """
-    import torch
-
+    rows = load_run_config(config, [*overrides]).data.rows
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = torch.cuda.device_count() or min(2, cores)
+    limit = min(torch.cuda.device_count(), MAX_PROCESSES) if torch.cuda.is_available() else min(2, cores)
+    processes = max(n for n in range(1, limit + 1) if rows % n == 0)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*launcher, "-m", "metalm", "train", config, *overrides, f"data.rows={ROWS // processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // processes))}
-    console.print(" ".join(["torchrun", *command[4:]]), style="dim", highlight=False)
-    process = subprocess.Popen(command, env=environment)
+    command = [*launcher, "-m", "metalm", "train", config, *overrides, f"data.rows={rows // processes}"]
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // processes))} | os.environ
+    console.print(" ".join([f"OMP_NUM_THREADS={threads['OMP_NUM_THREADS']}", *command]), style="dim", highlight=False)
+    process = subprocess.Popen(command, env=threads, start_new_session=True)  # signals come through us alone, once
+    before = {number: signal.signal(number, lambda *_: process.send_signal(signal.SIGINT)) for number in STOPS}
     try:
         code = process.wait()
-    except KeyboardInterrupt:  # which the processes got as well; they save what they have
-        process.wait()
-        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait()
     if code:
-        raise TrainingError(f"training stopped (exit status {code}, see above); the same command resumes it")
+        raise TrainingError("training did not finish, see above; if it was interrupted, the same command goes on")
 
 
 def summarize(out: Path, seconds: dict[str, float]) -> dict:

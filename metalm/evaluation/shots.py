@@ -45,7 +45,6 @@ def few_shot(
             if len(others) < shots:
                 raise DataError(f"{shots} shots need as many samples to draw from besides {own!r}; there are {len(others)}")
             for demo in random.Random(f"{seed} {key(example)}").sample(others, shots):
-                _, demonstration = interface.answer([], query(demo), answer(demo))
-                segments += demonstration
+                segments += interface.answer(query(demo), answer(demo))
         prompts.append(Document([*segments, *query(example)], key(example)))
     return prompts

@@ -85,12 +85,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=config.bias)
 
     def match_queries_to_keys(self) -> None:
-        """Starts half of the heads with their key's matrix as the query's: they look at what is alike, so that looking things
+        """Starts every second head with its key's matrix as the query's: they look at what is alike, so that looking things
         up need not be found by chance. After "Mimetic initialization" (arXiv 2305.09828)."""
         with torch.no_grad():
             query, key, _ = self.qkv.weight.split([n * self.head_width for n in (self.heads, self.kv_heads, self.kv_heads)])
             keys = key.view(self.kv_heads, self.head_width, -1).repeat_interleave(self.heads // self.kv_heads, dim=0)
-            query.view_as(keys)[: self.heads // 2] = keys[: self.heads // 2]
+            query.view_as(keys)[::2] = keys[::2]
 
     def forward(
         self,
@@ -139,9 +139,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = make_norm(config)
         self.apply(init_weights)
-        for block in self.blocks:
-            block.attention.match_queries_to_keys()
-        scale_residuals(self.blocks)
+        start_blocks(self.blocks)
 
     def forward(self, x_BTD: Tensor, position_BT: Tensor, mask: Mask | str = "full", cache: KVCache | None = None) -> Tensor:
         """States [B, T, D] from input vectors [B, T, D] and position ids int64 [B, T]."""
@@ -189,8 +187,13 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def scale_residuals(blocks: nn.ModuleList) -> None:
-    """Divides the matrices that write to the residual stream by sqrt(2 x layers), so depth keeps its variance (GPT-2's)."""
+def start_blocks(blocks: nn.ModuleList) -> None:
+    """What blocks with an `attention` start with beyond `init_weights`.
+
+    The matrices that write to the residual stream are divided by sqrt(2 x layers), so depth keeps its variance (GPT-2's).
+    """
+    for block in blocks:
+        block.attention.match_queries_to_keys()
     for name, parameter in blocks.named_parameters():
         if name.endswith(("out.weight", "down.weight")):
             with torch.no_grad():

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from metalm.data.prompts import Interface
+from metalm.errors import ConfigError
 from metalm.model import MetaLM
 from metalm.segments import Document, Text, load_spans, make_batch
 from metalm.training.config import RunConfig
@@ -38,12 +39,14 @@ def flops_per_step(config: RunConfig, model: MetaLM) -> int:
 
     interface = Interface.of(model, None, 1 << 30)
     image = one_pixel_png() if interface.image or interface.fused else None
-    prompt = interface.read(image, [0] * 16)
-    room = config.data.row_length - sum(map(len, prompt))
+    length, words = config.data.row_length, interface.text_room
+    prompt = interface.read(image, [0] * min(16, words))
     if interface.text and interface.text != interface.fused:
-        prompt.append(interface.read_tokens([0] * max(1, min(64, room // 2))))
-    room = config.data.row_length - sum(map(len, prompt))
-    document = load_spans(Document([*prompt, Text([0] * max(1, min(48, room)))]), model.processors)
+        prompt.append(interface.read_tokens([0] * max(1, min(64, words, (length - sum(map(len, prompt))) // 2))))
+    room = length - sum(map(len, prompt))
+    if room < 1:
+        raise ConfigError(f"data.row_length={length} does not hold what the encoders make of an image and a few words")
+    document = load_spans(Document([*prompt, Text([0] * min(48, room))]), model.processors)
     count = max(1, config.data.row_length // len(document))
     batch = make_batch([[document] * count] * config.data.rows, model.processors, config.data.row_length)
     targets = batch.num_targets

@@ -10,9 +10,20 @@ from PIL import Image
 
 from benchmarks import train_step
 from benchmarks.mixed_precision import MasterAdamW
-from benchmarks.peer_llava import TEXT, VISION, VOCABULARY, Captioner, build_llava, captions, num_parameters, train
+from benchmarks.peer_llava import (
+    TEXT,
+    VISION,
+    VOCABULARY,
+    Captioner,
+    build_llava,
+    captions,
+    num_parameters,
+    train,
+    vision_and_text,
+)
 from metalm.data.sample import Sample
 from metalm.data.tokenizer import Tokenizer
+from metalm.errors import ConfigError
 from metalm.segments import IGNORE
 
 TINY_VISION = VISION | {"hidden_size": 24, "num_hidden_layers": 1, "intermediate_size": 48, "image_size": 32}
@@ -92,3 +103,11 @@ def test_small_updates_are_not_lost_in_bfloat16():
         model(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
         optimizer.step()
     assert model.weight.item() == pytest.approx(0.99, abs=4e-3)
+
+
+def test_the_default_shape_is_the_37m_shape():
+    assert vision_and_text(6, 192, 8, 512) == (VISION, TEXT)
+    vision, text = vision_and_text(6, 256, 6, 256)
+    assert (vision["num_attention_heads"], text["num_attention_heads"], text["intermediate_size"]) == (4, 4, 688)
+    with pytest.raises(ConfigError, match="widths 32 and 256 must be multiples of 64"):
+        vision_and_text(6, 32, 6, 256)

@@ -31,7 +31,7 @@ from metalm.objectives.base import ObjectiveConfig
 from metalm.objectives.causal import Causal
 from metalm.objectives.prefix import Prefix
 from metalm.objectives.semicausal import SemiCausal, SemiCausalConfig
-from metalm.segments import IGNORE, Document, Span, Text, load_spans, make_batch
+from metalm.segments import IGNORE, Document, Span, Text, lay_out, load_spans, make_batch
 
 CAPTION = "a red circle left of a blue square"
 PATCHES = 4
@@ -135,9 +135,9 @@ def test_questions_on_one_image_share_it(tokenizer):
         assert [branch[:1] for branch in document.branches] == [question_query(model, sample, q)[1:] for q in questions]
         assert [shape(branch[1:], tokenizer) for branch in document.branches] == [[(" red</s>", True)]] * 3
         model.max_length = len(document) - 1
-        two, one = vqa(model, sample, random.Random(0))
-        assert (two.segments, two.branches) == (document.segments, document.branches[:2])
-        assert (one.segments, one.branches) == ([*document.segments, *document.branches[2]], ())
+        two = list(vqa(model, sample, random.Random(0)))
+        assert [d.segments for d in two] == [document.segments] * 2 and max(map(len, two)) <= model.max_length
+        assert sorted(map(str, [*two[0].branches, *two[1].branches])) == sorted(map(str, document.branches))
     model = interface(tokenizer, "fused")
     alone = [question_query(model, sample, question) for question in questions]
     assert [d.segments[:1] for d in vqa(model, sample, random.Random(0))] == alone
@@ -312,6 +312,25 @@ def test_several_captions_of_an_image_share_it(tokenizer):
         short = [words for words in said if not words.startswith(" a hen")]
         assert len(said) == len(set(said)) == 3 and set(short) <= {" a dog</s>", " a cat</s>", " a cow</s>"}
         assert len(lengths) == 1 if len(short) == 3 else max(lengths) == model.max_length  # the long one fills a row
+
+
+@pytest.mark.parametrize("encoders", [["fused"], ["image", "text"], ["image"]])
+def test_long_captions_and_texts_fit_and_are_predicted(tokenizer, encoders):
+    """Whatever prefix is drawn, each document fits the row and has a target."""
+    model = interface(tokenizer, *encoders, max_length=20, room=18)
+    long = Sample("long", IMAGE, [f"{CAPTION}, " * 20, CAPTION])
+    told = Sample("told", text=f"{CAPTION}. " * 20, captions=[CAPTION])
+    for seed in range(100):
+        for document in image_text(model, long, random.Random(seed), captions=2):
+            assert len(document) <= 20 and make_targets(document)
+    if "text" in encoders:
+        model.processors["text"].max_positions = 19
+        with pytest.raises(DataError, match="a prompt of 19 positions leaves no room for an answer in 20"):
+            list(image_text(model, told, random.Random(0)))
+
+
+def make_targets(document: Document) -> list[int]:
+    return lay_out(document).targets
 
 
 def test_every_caption_has_a_prefix_in_an_encoder_of_text(tokenizer):

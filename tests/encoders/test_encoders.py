@@ -254,8 +254,10 @@ def test_open_clip_checkpoints_load(tmp_path):
         ({"type": "open_clip", "name": "RN50"}, "is no plain ViT; for timm towers use type: timm"),
         ({"type": "text", "layers": 1, "width": 8, "heads": 1}, "vocab_size is not set"),
         ({"type": "fused", "layers": 1, "width": 8, "heads": 1}, "vocab_size is not set"),
-        ({**CONFIGS["fused"], "patch_size": 5}, "image_size 16 is not divisible by patch_size 5"),
-        ({**CONFIGS["vit"], "patch_size": 0}, "image_size 16 is not divisible by patch_size 0"),
+        ({**CONFIGS["fused"], "patch_size": 5}, "image_size 16 is no multiple of patch_size 5"),
+        ({**CONFIGS["vit"], "patch_size": 0}, "image_size 16 is no multiple of patch_size 0"),
+        ({**CONFIGS["vit"], "image_size": 0}, "image_size 0 is no multiple of patch_size 8"),
+        ({**CONFIGS["vit"], "relative_bias": True}, "relative_bias is not for patches"),
         ({**CONFIGS["fused"], "relative_bias": True}, "relative_bias is not for the fused encoder"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import metalm.configs
+from metalm.errors import ConfigError
 from metalm.training.config import load_run_config
 from metalm.training.estimate import estimate, model_state_bytes, print_estimate
 
@@ -60,3 +61,9 @@ def test_a_dry_run_prints_the_parts_and_trains_nothing(tmp_path, capsys):
     said = capsys.readouterr().out
     assert all(word in said for word in ("decoder", "encoders.image", "ZeRO-3", "FLOPs a step and rank"))
     assert not out.exists()
+
+
+def test_rows_too_short_for_a_picture_are_said():
+    with pytest.raises(ConfigError, match="row_length=64 does not hold what the encoders make of an image"):
+        estimate(load("photos/pretrain.yaml", "data.row_length=64"), 1)
+    assert estimate(load("photos/pretrain.yaml", "model.encoders.text.max_positions=8"), 1)["flops_per_step_and_rank"] > 0

@@ -35,7 +35,15 @@ def start(tiny_yaml: Path, *overrides: str) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
+
+
+def wait_for_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
+    while process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    while process.poll() is None and len(losses(run)) < steps:
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +71,13 @@ def test_a_resumed_run_sees_the_same_samples_and_gives_the_same_losses(tiny_yaml
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(tiny_yaml, finished, tmp_path, number):
+@pytest.mark.parametrize("send", [os.kill, os.killpg])  # a launcher signals the whole group, data workers included
+def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(tiny_yaml, finished, tmp_path, number, send):
     out = tmp_path / "run"
     many = ["training.steps=5000", "training.checkpoint_every=0", "training.schedule=constant", f"out={out}"]
     process = start(tiny_yaml, *many)
-    while process.poll() is None and not (out / "metrics.jsonl").exists():
-        time.sleep(0.1)
-    while process.poll() is None and len(losses(out)) < 3:
-        time.sleep(0.1)
-    process.send_signal(number)
+    wait_for_steps(process, out, 3)
+    send(process.pid, number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 2, output
     assert "stopped by a signal; the same command resumes from" in output
@@ -80,6 +86,21 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(tiny_yaml, fin
     config = load_run_config(tiny_yaml, [*many, f"training.steps={saved + 2}"])
     train(config)
     assert sorted(losses(out)) == list(range(1, saved + 3))
+
+
+def test_the_demos_processes_stop_with_it_and_save(tiny_yaml, tmp_path):
+    out = tmp_path / "run"
+    many = ["training.steps=5000", "training.checkpoint_every=0", "training.schedule=constant", f"out={out}"]
+    program = f"from metalm.demo import train; train({str(tiny_yaml)!r}, *{many!r})"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_steps(process, out, 3)
+    process.terminate()
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode == 1 and "training did not finish, see above" in output
+    saved = int(checkpoints(out)[-1].name[5:])
+    assert sorted(losses(out)) == list(range(1, saved + 1))
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")] if Path("/proc").is_dir() else []
+    assert not any(f"out={out}".encode() in command for command in commands)
 
 
 def test_saved_loaded_in_a_new_process_and_evaluated_gives_the_same_figures(finished, scenes, tmp_path):
