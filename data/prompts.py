@@ -114,7 +114,7 @@ class Interface:
         """Tokens of an answer that fit after a prompt.
 
         Raises:
-            DataError: they are fewer than `least`, which is a token and its end.
+            DataError: they are fewer than `least`, by default a token and its end.
         """
         length = sum(map(len, prompt))
         if length + least > self.max_length:

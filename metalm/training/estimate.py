@@ -47,8 +47,8 @@ def flops_per_step(config: RunConfig, model: MetaLM) -> int:
     if room < 1:
         raise ConfigError(f"data.row_length={length} does not hold what the encoders make of an image and a few words")
     document = load_spans(Document([*prompt, Text([0] * min(48, room))]), model.processors)
-    count = max(1, config.data.row_length // len(document))
-    batch = make_batch([[document] * count] * config.data.rows, model.processors, config.data.row_length)
+    row = [document] * (length // len(document))
+    batch = make_batch([row] * config.data.rows, model.processors, length)
     targets = batch.num_targets
     with FlopCounterMode(display=False) as counter:
         model.hidden(batch.to("meta")).sum().backward()
