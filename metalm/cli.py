@@ -82,6 +82,7 @@ def evaluate(
     """Score a model on shards."""
     from metalm.errors import ConfigError
     from metalm.evaluation.captioning import evaluate_captioning
+    from metalm.evaluation.page import write_page
     from metalm.evaluation.predictor import Predictor
     from metalm.evaluation.vqa import evaluate_vqa
     from metalm.inference.generate import GenerationConfig
@@ -102,7 +103,7 @@ def evaluate(
     lines = result.write(out)
     for name, value in result.metrics.items():
         print(f"{name:24s} {value:.4f}")
-    print(f"{out} and {lines}")
+    print(f"{out}, {lines} and {write_page(result, out)}")
 
 
 @app.command()
@@ -152,7 +153,7 @@ def data_scenes(
 )
 def data_import(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="flickr8k, coco-captions, vqav2, okvqa, daquar, text, or jsonl.")] = "--help",
+    name: Annotated[str, typer.Argument(help="A data set, text, jsonl, or questions; --help lists them.")] = "--help",
     out: Annotated[Path | None, typer.Option(help="Where to write.")] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Fewer makes more shards, for more workers.")] = 512,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from metalm.data.shards import read_samples, write_shards
 from metalm.errors import DataError
 from metalm.evaluation.blind import blank_image
 from metalm.evaluation.captioning import evaluate_captioning
+from metalm.evaluation.page import write_page
 from metalm.evaluation.predictor import Predictor
 from metalm.evaluation.shots import few_shot
 from metalm.evaluation.vqa import evaluate_vqa, read_questions
@@ -134,3 +136,15 @@ def test_the_result_is_written_with_its_predictions(run, scenes, tmp_path):
     assert record["predictions"] == str(lines) and record["num_samples"] == len(rows)
     assert all({"id", "prediction", "references", "score"} <= set(row) for row in rows)
     assert record["config"]["limit"] == 3 and record["model"] == str(run)
+
+
+@pytest.mark.parametrize("task, part", [("vqa", "vqa"), ("captioning", "captioning-val")])
+def test_the_page_shows_pictures_with_what_was_said(run, scenes, tmp_path, task, part):
+    evaluation = {"vqa": evaluate_vqa, "captioning": evaluate_captioning}[task]
+    result = evaluation(predictor(run, 64), str(scenes / part), str(run), limit=6)
+    page = write_page(result, tmp_path / "out.json").read_text()
+    assert page.count("data:image/png;base64,") == min(len(result.predictions), 24)
+    assert escape(result.predictions[0].prediction) in page
+    assert escape(next(iter(result.predictions[0].references))) in page
+    assert "Training" in page and "<svg" in page  # the run's curve
+    assert all(name in page for name in result.metrics)
