@@ -20,8 +20,8 @@ from metalm.data.sample import Question, Sample
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError, DataError
 from metalm.nn.packing import pack
-from metalm.objectives.base import Objective
-from metalm.segments import IGNORE, Document, Span, Text
+from metalm.objectives.base import Objective, TextLayout
+from metalm.segments import IGNORE, Batch, Document, Span, Text, load_spans, make_batch
 
 CAPTION_PROMPT = "caption:"
 Segments = list[Text | Span]
@@ -41,12 +41,14 @@ class Interface:
         connectors: their connectors' configurations, by the same names.
         max_length: decoder positions of a document; longer texts are cut (into several documents, where they are the
             training text itself).
+        layout: the model's own way of laying out texts, if it has one.
     """
 
     tokenizer: Tokenizer
     processors: dict[str, Any]
     connectors: dict[str, Any]
     max_length: int
+    layout: TextLayout | None = None
 
     def __post_init__(self):
         def find(*reads: str) -> str | None:
@@ -58,9 +60,17 @@ class Interface:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Tokenizer | None, max_length: int) -> Interface:
-        """The interface of a `MetaLM`."""
-        connectors = {name: encoder.connector for name, encoder in model.config.encoders.items()}
-        return cls(tokenizer, model.processors, connectors, max_length)
+        """The interface of a model."""
+        connectors = {name: model.config.encoders[name].connector for name in model.processors}
+        return cls(tokenizer, model.processors, connectors, max_length, model.layout)
+
+    def load(self, document: Document) -> Document:
+        """The document with the media of its spans decoded; raises `DataError` on broken media."""
+        return load_spans(document, self.processors) if self.processors else document
+
+    def collate(self, rows: list[list[Document]], length: int) -> Batch:
+        """Rows of documents as a batch with rows of `length` positions."""
+        return self.layout.collate(rows, length) if self.layout else make_batch(rows, self.processors, length)
 
     def span(self, encoder: str, inputs: dict, first_target: int = IGNORE) -> Span:
         num_states = self.processors[encoder].num_states(inputs)
@@ -165,17 +175,22 @@ def image_text(interface: Interface, sample: Sample, rng: random.Random, caption
     yield from interface.documents(turns, sample.key)
 
 
-def text(interface: Interface, sample: Sample, rng: random.Random, objective: Objective) -> Iterator[Document]:
-    """A document of text under a text objective; one too long for a row becomes several."""
+def text(interface: Interface, sample: Sample, rng: random.Random, objective: Objective | None = None) -> Iterator[Document]:
+    """A document of text under a text objective, or as the model itself lays out texts.
+
+    One too long for a row becomes several, each of which goes on from the last token of the one before.
+    """
     whole = sample.text or "\n".join(sample.captions)
     if not whole.strip():
         raise DataError(f"sample {sample.key!r}: the task text needs a text")
-    tokenizer = interface.tokenizer
-    tokens = [*tokenizer.encode(whole), tokenizer.document_end]
-    room = interface.max_length - 1
-    for start in range(0, len(tokens), room):
-        piece = [tokenizer.start, *tokens[start : start + room]]
-        if len(piece) > 2 or start == 0:
+    tokenizer, layout = interface.tokenizer, interface.layout
+    tokens = [tokenizer.start, *tokenizer.encode(whole), tokenizer.document_end]
+    room = layout.room(interface.max_length) if layout else interface.max_length
+    for start in range(0, len(tokens) - 1, room - 1):
+        piece = tokens[start : start + room]
+        if layout:
+            yield layout.lay_out(piece, rng, sample.key)
+        else:
             yield Document(objective.lay_out(piece, interface, rng), sample.key)
 
 

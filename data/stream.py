@@ -15,6 +15,7 @@ import random
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -26,15 +27,15 @@ from metalm.data.shards import list_shards, read_shard
 from metalm.errors import ConfigError, DataError
 from metalm.nn.packing import pack
 from metalm.objectives import OBJECTIVES
-from metalm.segments import Batch, Document, load_spans, make_batch
+from metalm.segments import Batch, Document
 
 
 @dataclass
 class SourceConfig:
     """One part of the mixture: shards, the task that lays them out, and how often it is drawn.
 
-    `objective` is for the task `text` alone, which cannot do without; `captions` of an image are learned at each visit, by the
-    tasks `image_text` and `captioning`.
+    `objective` is for the task `text` alone, which cannot do without unless the model itself is a way of learning texts;
+    `captions` of an image are learned at each visit, by the tasks `image_text` and `captioning`.
     """
 
     shards: str | list[str]
@@ -52,8 +53,8 @@ class SourceConfig:
             raise ConfigError(f"weight {self.weight} must be positive")
         if self.captions < 1 or (self.captions > 1 and self.task not in ("image_text", "captioning")):
             raise ConfigError(f"captions {self.captions} must be at least 1, and 1 for tasks but image_text and captioning")
-        if (self.task == "text") != (self.objective is not None):
-            raise ConfigError(f"the task {self.task!r} takes {'an' if self.task == 'text' else 'no'} objective")
+        if self.task != "text" and self.objective is not None:
+            raise ConfigError(f"the task {self.task!r} takes no objective")
 
 
 @dataclass
@@ -62,6 +63,10 @@ class DataConfig:
 
     `row_length` positions a row, `rows` rows a micro-batch and rank, `workers` data workers a rank; `block` documents are
     shuffled and packed together; more than `max_broken` broken samples stop a reader.
+
+    `path` is a text file, a .jsonl, either as .gz, or a folder of these, which is imported into the run's own folder before
+    training: its documents (`per` says what one is: document, line, or file) but the last `held_out` become `RUN/data/train`,
+    the others `RUN/data/val`, for the sources to name.
     """
 
     train: list[SourceConfig]
@@ -71,13 +76,27 @@ class DataConfig:
     workers: int = 1
     block: int = 512
     max_broken: int = 100
+    path: str = ""
+    per: Literal["document", "line", "file"] = "document"
+    held_out: float = 0.1
 
     def __post_init__(self):
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"held_out {self.held_out} is not in [0, 1)")
         if not self.train:
             raise ConfigError("train is empty: name at least one source")
         for name in ("row_length", "rows", "block"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1")
+
+
+def check_fits(source: SourceConfig, interface: Interface) -> None:
+    """Raises `ConfigError` where a model cannot learn what a source holds."""
+    if interface.layout and (source.task != "text" or source.objective):
+        what = "an objective" if source.task == "text" else f"the task {source.task!r}"
+        raise ConfigError(f"{source.shards}: {what} is for the model 'metalm'; this model lays texts out itself (task: text)")
+    if source.task == "text" and not interface.layout and not source.objective:
+        raise ConfigError(f"{source.shards}: the task text needs an objective, one of: {', '.join(OBJECTIVES.names())}")
 
 
 @dataclass
@@ -144,6 +163,8 @@ class PackedStream(IterableDataset):
     ):
         self.sources, self.interface, self.config = sources, interface, config
         self.seed, self.rank, self.world, self.repeat = seed, rank, world, repeat
+        for source in sources:
+            check_fits(source, interface)
         self.objectives = [OBJECTIVES[s.objective.type](s.objective) if s.objective else None for s in sources]
         self.states: dict[int, dict] = {}  # by reader
         self.first_slot = 0
@@ -181,7 +202,7 @@ class PackedStream(IterableDataset):
             yield self.batch(rows, state, broken)
 
     def batch(self, rows: list[list[Document]], state: dict, broken: list[str]) -> Batch:
-        batch = make_batch(rows, self.interface.processors, self.config.row_length)
+        batch = self.interface.collate(rows, self.config.row_length)
         batch.state, batch.broken = state, broken
         return batch
 
@@ -225,7 +246,7 @@ class PackedStream(IterableDataset):
                 row = []
                 for n in members:
                     try:
-                        row.append(load_spans(documents[n], self.interface.processors))
+                        row.append(self.interface.load(documents[n]))
                     except DataError as error:
                         messages.append(f"sample {documents[n].key!r}: {error}")
                 broken += len(messages)

@@ -21,7 +21,6 @@ class Tokenizer:
 
     Attributes:
         start, end, document_end: ids of the special tokens.
-        size: number of ids, added tokens included.
     """
 
     def __init__(self, backend):
@@ -30,7 +29,6 @@ class Tokenizer:
         backend.encode_special_tokens = True  # "</s>" in somebody's text is text
         backend.no_truncation()  # some published files cut or pad every text
         backend.no_padding()
-        self.size = max(backend.get_vocab().values()) + 1
         self.end = self._special(END, "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
         self.start = self._special(START, "<|startoftext|>", "<|begin_of_text|>", "<bos>", "[CLS]", default=self.end)
         self.document_end = self._special(DOCUMENT_END, default=self.end)
@@ -41,6 +39,16 @@ class Tokenizer:
         if found is None:
             raise ConfigError(f"the tokenizer has no end token; one of {', '.join(names)} is needed")
         return found
+
+    @property
+    def size(self) -> int:
+        """The number of ids, added tokens included."""
+        return max(self.backend.get_vocab().values()) + 1
+
+    def special(self, name: str) -> int:
+        """The id of a special token, which is added to the vocabulary where it is not there yet."""
+        self.backend.add_special_tokens([name])
+        return self.backend.token_to_id(name)
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids

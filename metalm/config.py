@@ -100,7 +100,7 @@ def build(cls: type, values: dict, where: str, key: str = "") -> Any:
         if registry and typing.get_origin(hints[name]) is dict:
             arguments[name] = _plugins(registry, value, where, path)
         elif registry:
-            arguments[name] = None if value is None else _plugin(registry, value, where, path)
+            arguments[name] = None if value is None else build_plugin(registry, value, where, path)
         else:
             arguments[name] = _value(hints[name], value, where, path)
     required = [
@@ -129,14 +129,15 @@ def _names(cls: type) -> str:
 def _plugins(registry: Registry, value: Any, where: str, key: str) -> dict[str, Any]:
     if not isinstance(value, dict) or any(not isinstance(entry, dict) for entry in value.values()):
         raise ConfigError(f"{where}: {key} takes {registry.kind}s by a name of your choice, each with its keys, not {value!r}")
-    return {name: _plugin(registry, entry, where, f"{key}.{name}") for name, entry in value.items()}
+    return {name: build_plugin(registry, entry, where, f"{key}.{name}") for name, entry in value.items()}
 
 
-def _plugin(registry: Registry, value: Any, where: str, key: str) -> Any:
-    if not isinstance(value, dict) or "type" not in value:
+def build_plugin(registry: Registry, value: Any, where: str, key: str) -> Any:
+    """The `Config` of the class that the key `type` of `value` picks from the registry."""
+    if not isinstance(value, dict) or not (registry.default or "type" in value):
         raise ConfigError(f"{where}: {key} needs a key 'type', one of: {', '.join(registry.names())}")
     try:
-        cls = registry[str(value["type"])]
+        cls = registry[str(value.get("type", registry.default))]
     except ConfigError as error:
         raise ConfigError(f"{where}: {key}.type: {error}") from error
     return build(cls.Config, value, where, key)

@@ -8,7 +8,7 @@ Shapes: B rows, T positions, M docked vectors, D decoder width, V vocabulary, L 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from metalm.errors import ConfigError
 from metalm.nn.attention import KVCache, Mask, all_of, causal, same_branch, same_document
 from metalm.nn.freezing import set_trainable
 from metalm.nn.losses import linear_cross_entropy
+from metalm.objectives.base import TextLayout
 from metalm.segments import Batch, SpanBatch
 
 
@@ -30,11 +31,18 @@ class MetaLMConfig:
 
     decoder: DecoderConfig
     encoders: dict[str, Any] = plugin(ENCODERS, default_factory=dict)
+    type: str = "metalm"
+    special_tokens: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
         for name, encoder in self.encoders.items():
             if encoder.connector is None:
                 raise ConfigError(f"encoders.{name} needs a connector, one of: {', '.join(CONNECTORS.names())}")
+
+    def check_row_length(self, length: int) -> None:
+        """Raises `ConfigError` where the decoder has no positions for rows so long."""
+        if length > self.decoder.max_positions and self.decoder.positions == "learned":
+            raise ConfigError(f"data.row_length {length} exceeds model.decoder.max_positions {self.decoder.max_positions}")
 
     def set_vocab_size(self, vocab_size: int) -> None:
         """Fills in the tokenizer's size wherever a vocabulary is left at 0.
@@ -53,10 +61,12 @@ class MetaLM(nn.Module):
     """Bidirectional encoders -> connectors -> causal decoder."""
 
     Config = MetaLMConfig
+    layout: TextLayout | None = None
 
     def __init__(self, config: MetaLMConfig):
         super().__init__()
         self.config = config
+        self.parts: dict[str, tuple[Tensor, int]] = {}
         self.decoder = CausalDecoder(config.decoder)
         self.encoders = nn.ModuleDict({name: ENCODERS[c.type](c) for name, c in config.encoders.items()})
         self.connectors = nn.ModuleDict(

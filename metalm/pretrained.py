@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import metalm
-from metalm.config import build, to_plain
+from metalm.config import build_plugin, to_plain
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import CheckpointError
-from metalm.model import MetaLM, MetaLMConfig
+from metalm.models import MODELS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -46,7 +47,7 @@ def read_model_config(name: str | Path) -> dict:
     return json.loads((find_export(name) / CONFIG).read_text())["model"]
 
 
-def save_pretrained(weights: Mapping[str, Tensor], config: MetaLMConfig, tokenizer: Tokenizer, folder: str | Path) -> None:
+def save_pretrained(weights: Mapping[str, Tensor], config: Any, tokenizer: Tokenizer, folder: str | Path) -> None:
     """Writes an export.
 
     Args:
@@ -57,7 +58,7 @@ def save_pretrained(weights: Mapping[str, Tensor], config: MetaLMConfig, tokeniz
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plain = to_plain(config)
-    for encoder in plain["encoders"].values():
+    for encoder in plain.get("encoders", {}).values():
         # The weights are in the export: nothing is to be fetched when it is loaded.
         if "pretrained" in encoder:
             encoder["pretrained"] = type(encoder["pretrained"])()
@@ -69,7 +70,7 @@ def save_pretrained(weights: Mapping[str, Tensor], config: MetaLMConfig, tokeniz
     tokenizer.save(folder)
 
 
-def load_weights(model: MetaLM, name: str | Path) -> None:
+def load_weights(model: nn.Module, name: str | Path) -> None:
     """Fills a model with an export's weights.
 
     Raises:
@@ -96,7 +97,7 @@ def load_weights(model: MetaLM, name: str | Path) -> None:
     model.load_state_dict(weights)
 
 
-def load_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> tuple[MetaLM, Tokenizer]:
+def load_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tokenizer]:
     """An export's model, in evaluation mode, and its tokenizer.
 
     Raises:
@@ -104,7 +105,8 @@ def load_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> tup
     """
     folder = find_export(name)
     record = json.loads((folder / CONFIG).read_text())
-    model = MetaLM(build(MetaLMConfig, record["model"], str(folder / CONFIG)))
+    config = build_plugin(MODELS, record["model"], str(folder / CONFIG), "model")
+    model = MODELS[config.type](config)
     load_weights(model, folder)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.fingerprint != record["tokenizer_fingerprint"]:

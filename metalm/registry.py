@@ -18,10 +18,12 @@ from metalm.errors import ConfigError
 class Registry:
     """Classes of one kind, found by name: `registry["timm"]`."""
 
-    def __init__(self, kind: str, group: str, builtin: dict[str, str]):
+    def __init__(self, kind: str, group: str, builtin: dict[str, str], default: str = ""):
+        """Args: default: the name that a configuration without a `type` means."""
         self.kind = kind
         self.group = group
         self.builtin = builtin
+        self.default = default
 
     def names(self) -> list[str]:
         return sorted({*self.builtin, *(entry.name for entry in entry_points(group=self.group))})

@@ -1,4 +1,7 @@
-"""The contract of a text objective: tokens of one document in, segments out; the loss is the model's."""
+"""The contract of a text objective: tokens of one document in, segments out; the loss is the model's.
+
+A pretraining mode with a model of its own (MIM, PMLM, cloze) lays out its texts itself, by a `TextLayout`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-from metalm.segments import IGNORE, Span, Text
+from metalm.segments import IGNORE, Batch, Document, Span, Text
 
 
 class TextReader(Protocol):
@@ -17,6 +20,19 @@ class TextReader(Protocol):
 
     def read_tokens(self, tokens: list[int], first_target: int = IGNORE) -> Span:
         """The span in which the encoder reads the tokens."""
+
+
+class TextLayout(Protocol):
+    """Host side of a text-side pretraining mode; small and picklable, for it travels to every data worker."""
+
+    def room(self, length: int) -> int:
+        """The most tokens that one document can have in a row of `length` positions."""
+
+    def lay_out(self, tokens: list[int], rng: random.Random, key: str) -> Document:
+        """A document from its tokens, the first of which is `<s>` or, where a text goes on, the token before."""
+
+    def collate(self, rows: list[list[Document]], length: int) -> Batch:
+        """Rows of documents as a batch with rows of `length` positions."""
 
 
 @dataclass

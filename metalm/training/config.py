@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from metalm.config import build, read_yaml
+from metalm.config import build, plugin, read_yaml
 from metalm.data.stream import DataConfig
 from metalm.errors import ConfigError
-from metalm.model import MetaLMConfig
+from metalm.models import MODELS
 from metalm.pretrained import read_model_config
 
 
@@ -71,7 +71,7 @@ class RunConfig:
     out: str
     data: DataConfig
     training: TrainingConfig
-    model: MetaLMConfig
+    model: Any = plugin(MODELS)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     variables: dict[str, str] = field(default_factory=dict)
     init_from: str = ""
@@ -81,10 +81,7 @@ class RunConfig:
     def __post_init__(self):
         if self.training.validate_every and not self.data.validation:
             raise ConfigError("training.validate_every is set, but data.validation names no source")
-        if self.data.row_length > self.model.decoder.max_positions and self.model.decoder.positions == "learned":
-            raise ConfigError(
-                f"data.row_length {self.data.row_length} exceeds model.decoder.max_positions {self.model.decoder.max_positions}"
-            )
+        self.model.check_row_length(self.data.row_length)
 
 
 def load_run_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:

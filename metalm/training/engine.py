@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from metalm.errors import ConfigError, TrainingError
-from metalm.model import MetaLM
 from metalm.registry import did_you_mean
 from metalm.segments import Batch
 from metalm.training.config import TrainingConfig
@@ -90,7 +89,7 @@ def deepspeed_config(config: TrainingConfig, rows: int) -> dict:
     return given | ours
 
 
-def make_engine(model: MetaLM, config: TrainingConfig, rows: int):
+def make_engine(model: nn.Module, config: TrainingConfig, rows: int):
     """The DeepSpeed engine around a model, with AdamW; matrices decay, vectors (norms, biases) and embeddings do not."""
     import deepspeed
 
@@ -117,8 +116,30 @@ def make_engine(model: MetaLM, config: TrainingConfig, rows: int):
     return engine
 
 
-def train_step(engine, batches: list[Batch]) -> tuple[Tensor, int]:
-    """One optimizer step on this rank's micro-batches.
+class Parts:
+    """What the loss is made of, over several batches: a model's `parts`, summed."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, parts: dict[str, tuple[Tensor, int]]) -> None:
+        for name, (total, count) in parts.items():
+            pair = torch.stack([total.detach().float(), torch.tensor(float(count), device=total.device)])
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def means(self, device: torch.device) -> dict[str, float]:
+        """Means over all ranks, by name; a rank that met no such part takes part with zeros."""
+        names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(names, list(self.sums))
+        means = {}
+        for name in sorted({name for found in names for name in found}):
+            total, count = all_sum(self.sums.get(name, torch.zeros(2, device=device)), device).tolist()
+            means[name] = total / max(count, 1)
+        return means
+
+
+def train_step(engine, batches: list[Batch], parts: Parts) -> tuple[Tensor, int]:
+    """One optimizer step on this rank's micro-batches, whose parts of the loss are added to `parts`.
 
     Returns:
         (this rank's share of the loss in nats a target token, so that shares of all ranks add up to the loss;
@@ -138,6 +159,7 @@ def train_step(engine, batches: list[Batch]) -> tuple[Tensor, int]:
         engine.backward(loss * scale)
         engine.step()
         share += loss.detach() / targets
+        parts.add(engine.module.parts)
     return share, targets
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -12,17 +13,18 @@ import torch
 import torch.distributed as dist
 
 from metalm.config import to_plain
+from metalm.data.corpus import write_corpus
 from metalm.data.prompts import Interface
 from metalm.data.shards import list_shards, read_shard
 from metalm.data.stream import DataConfig, Loader, PackedStream, SourceConfig
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import CheckpointError, ConfigError, TrainingError
-from metalm.model import MetaLM
+from metalm.models import MODELS, fit_to_tokenizer
 from metalm.pretrained import load_weights
 from metalm.segments import Batch
 from metalm.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_export
 from metalm.training.config import RunConfig
-from metalm.training.engine import all_sum, make_engine, setup_distributed, train_step
+from metalm.training.engine import Parts, all_sum, make_engine, setup_distributed, train_step
 from metalm.training.progress import Reporter
 from metalm.training.schedule import learning_rate
 
@@ -43,12 +45,13 @@ def train(config: RunConfig) -> Path:
     found = checkpoints(run)
     if found and config.resume == "never":
         raise ConfigError(f"{run} holds checkpoints and resume is 'never': choose another out, or remove it")
+    prepare_corpus(config, run, rank)
     tokenizer = prepare_tokenizer(config, run, rank)
-    config.model.set_vocab_size(tokenizer.size)
+    fit_to_tokenizer(config.model, tokenizer)
     if rank == 0:
         write_config(config, run)
     torch.manual_seed(config.training.seed)
-    model = MetaLM(config.model)
+    model = MODELS[config.model.type](config.model)
     if config.init_from and not found:
         load_weights(model, config.init_from)
     interface = Interface.of(model, tokenizer, config.data.row_length)
@@ -71,6 +74,7 @@ def run_steps(engine, loader: Loader, config: RunConfig, step: int, reporter: Re
     """Trains to the last step (True) or to a signal (False), logging, validating and saving on the way."""
     training, run = config.training, Path(config.out)
     loss, tokens, positions, since = torch.zeros((), device=engine.device), 0, 0, time.monotonic()
+    parts = Parts()
     broken = 0
     stop = StopSignal()
     micro_batches = iter(loader)
@@ -81,7 +85,7 @@ def run_steps(engine, loader: Loader, config: RunConfig, step: int, reporter: Re
         step += 1
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, training)
-        share, targets = train_step(engine, batches)
+        share, targets = train_step(engine, batches, parts)
         loss, tokens = loss + share, tokens + targets
         positions += sum(batch.num_positions for batch in batches)
         for message in [message for batch in batches for message in batch.broken]:
@@ -108,10 +112,11 @@ def run_steps(engine, loader: Loader, config: RunConfig, step: int, reporter: Re
                 "targets_per_second": tokens / seconds,
                 "broken": broken,
             }
-            reporter.metrics(step, values)
+            reporter.metrics(step, values | parts.means(engine.device))
             loss, tokens, positions, since, saved = torch.zeros_like(loss), 0, 0, time.monotonic(), step
+            parts = Parts()
         if training.validate_every and (step % training.validate_every == 0 or last):
-            reporter.metrics(step, {"val_loss": validate(engine, config, interface, reporter)})
+            reporter.metrics(step, validate(engine, config, interface, reporter))
         if checkpoint:
             try:
                 save_checkpoint(engine, loader, run, step, training.keep_checkpoints)
@@ -140,6 +145,17 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def prepare_corpus(config: RunConfig, run: Path, rank: int) -> None:
+    """Imports the text at `data.path`, if there is one, into the run's folder, once."""
+    folder = run / "data"
+    if rank == 0 and config.data.path and not folder.exists():
+        partial = run / "data.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        write_corpus(config.data.path, config.data.per, config.data.held_out, partial)
+        partial.rename(folder)
+    dist.barrier()
+
+
 def prepare_tokenizer(config: RunConfig, run: Path, rank: int) -> Tokenizer:
     """The run's own tokenizer if it has one, else the configured one, trained by rank 0 where no path is given."""
     if rank == 0 and not (run / "tokenizer.json").exists():
@@ -147,6 +163,8 @@ def prepare_tokenizer(config: RunConfig, run: Path, rank: int) -> Tokenizer:
             tokenizer = Tokenizer.load(config.tokenizer.path)
         else:
             tokenizer = Tokenizer.train(texts(config.data.train), config.tokenizer.vocab_size)
+        for name in config.model.special_tokens:
+            tokenizer.special(name)
         run.mkdir(parents=True, exist_ok=True)
         tokenizer.save(run)
     dist.barrier()
@@ -204,8 +222,8 @@ def difference(before: dict, after: dict, key: str = "model") -> str:
     return ""
 
 
-def validate(engine, config: RunConfig, interface: Interface, reporter: Reporter) -> float:
-    """Cross-entropy in nats a target token over the whole validation set, the same for any number of ranks.
+def validate(engine, config: RunConfig, interface: Interface, reporter: Reporter) -> dict[str, float]:
+    """`val_loss`, in nats a target token over the whole validation set, and its parts; the same for any number of ranks.
 
     Every rank lays all of it out and computes each world-th batch; all run equally many forward passes, which ZeRO-3
     requires.
@@ -213,7 +231,7 @@ def validate(engine, config: RunConfig, interface: Interface, reporter: Reporter
     rank, world = dist.get_rank(), dist.get_world_size()
     shape = DataConfig(config.data.train, [], config.data.row_length, config.data.rows, workers=0, block=config.data.block)
     stream = PackedStream(config.data.validation, interface, shape, seed=0, repeat=False)
-    total = torch.zeros(2, dtype=torch.float64)
+    total, parts = torch.zeros(2, dtype=torch.float64), Parts()
     engine.eval()
 
     def run_group(group: list[Batch]) -> None:
@@ -222,6 +240,7 @@ def validate(engine, config: RunConfig, interface: Interface, reporter: Reporter
             loss = engine.module(batch.to(engine.device))
         if rank < len(group):
             total.add_(torch.tensor([float(loss), batch.num_targets], dtype=torch.float64))
+            parts.add(engine.module.parts)
 
     group: list[Batch] = []
     for batch in stream:
@@ -237,4 +256,5 @@ def validate(engine, config: RunConfig, interface: Interface, reporter: Reporter
     total = all_sum(total.float() if engine.device.type == "cuda" else total, engine.device)
     if total[1] == 0:
         raise TrainingError("the validation set holds no target token")
-    return float(total[0] / total[1])
+    means = {"loss": float(total[0] / total[1])} | parts.means(engine.device)
+    return {f"val_{name}": mean for name, mean in means.items()}

@@ -213,14 +213,17 @@ def test_text_of_100_000_tokens_becomes_documents_and_loses_nothing(tokenizer, n
     assert len(everything) > 100_000
     documents = list(text(model, Sample("book", text=words), random.Random(0), OBJECTIVES[name]))
     assert max(map(len, documents)) <= 128
-    if name != "prefix":  # which has no `<s>`
+    if name != "prefix":  # whose documents begin with the encoder's span, without the token before
         assert [len(document) for document in documents[:-1]] == [128] * (len(documents) - 1)
     read = []
-    for document in documents:
+    for number, document in enumerate(documents):
         pieces = [s.tokens if isinstance(s, Text) else s.inputs["tokens"] for s in document.segments]
-        read += [token for piece in pieces for token in piece if token != tokenizer.start]
+        tokens = [token for piece in pieces for token in piece]
+        if name != "prefix":
+            assert tokens.pop(0) == (read[-1] if number else tokenizer.start)  # a text goes on from its last token
+        read += tokens
         assert any(target != IGNORE for target in inputs_and_targets(document)[1])
-    assert read == everything or read == everything[:-1]  # an end token by itself would be no document
+    assert read == everything
 
 
 def test_long_texts_are_cut_where_they_are_read(tokenizer):

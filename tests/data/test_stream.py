@@ -22,6 +22,7 @@ from metalm.data.stream import DataConfig, Loader, PackedStream
 from metalm.data.tokenizer import Tokenizer
 from metalm.encoders.fused import FusedProcessor
 from metalm.errors import ConfigError, DataError
+from metalm.objectives.mim import MIMLayout
 from metalm.segments import Batch
 
 WORDS = ["a", "red", "green", "blue", "small", "circle", "square", "above", "below", "left", "of", "right", "the", "is"]
@@ -361,7 +362,6 @@ def test_a_stream_of_real_captions_is_packed(shared, tmp_path, interface):
             {"shards": "x", "task": "image_txt"},
             r"run.yaml: train\[0\]: no task is called 'image_txt'; did you mean 'image_text'",
         ),
-        ({"shards": "x", "task": "text"}, "the task 'text' takes an objective"),
         ({"shards": "x", "task": "vqa", "objective": {"type": "causal"}}, "the task 'vqa' takes no objective"),
         ({"shards": "x", "task": "vqa", "weight": 0}, "weight 0.0 must be positive"),
         (
@@ -380,6 +380,21 @@ def test_impossible_sources_are_refused(source, message):
 def test_impossible_shapes_are_refused(data, change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         settings(data, **change)
+
+
+def test_a_text_needs_an_objective_unless_the_model_is_one(data, interface):
+    shards = str(data / "texts")
+    bare = build(DataConfig, {"train": [{"shards": shards, "task": "text"}]}, "run.yaml")
+    with pytest.raises(ConfigError, match=r"the task text needs an objective, one of: causal, prefix, semicausal"):
+        loader(interface, bare)
+    both_ways = Interface(interface.tokenizer, {}, {}, max_length=64, layout=MIMLayout(r2l_token=7))
+    assert next(iter(loader(both_ways, bare))).branch_BT.max() == 2
+    for source, message in (
+        ({"shards": shards, "task": "text", "objective": {"type": "causal"}}, "an objective is for the model 'metalm'"),
+        ({"shards": shards, "task": "captioning"}, "the task 'captioning' is for the model 'metalm'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            loader(both_ways, build(DataConfig, {"train": [source]}, "run.yaml"))
 
 
 def test_missing_shards_are_named(interface, tmp_path):

@@ -15,7 +15,7 @@ from metalm.data.scenes import IMAGE_SIZE, draw, random_scene
 from metalm.model import MetaLM, MetaLMConfig
 from metalm.segments import Document, Text, load_spans, make_batch
 from metalm.training.config import TrainingConfig
-from metalm.training.engine import all_sum, full_weights, make_engine, setup_distributed, train_step
+from metalm.training.engine import Parts, all_sum, full_weights, make_engine, setup_distributed, train_step
 
 STEPS = 4
 MODEL = {
@@ -84,7 +84,7 @@ def run(stage: str) -> dict:
     engine = make_engine(model, config, rows=2)
     losses = []
     for _ in range(STEPS):
-        share, targets = train_step(engine, mine)
+        share, targets = train_step(engine, mine, Parts())
         losses.append(float(all_sum(share, engine.device)))
     weights = full_weights(engine)
     total = sum(float(w.double().abs().sum()) for w in weights.values())

@@ -1,0 +1,41 @@
+"""What can be trained, by name: METALM itself, and the text-side pretraining modes whose results plug into it.
+
+A model is a module with
+
+    Config             a dataclass with `type`, `set_vocab_size`, and `special_tokens` that the tokenizer must have, whose ids
+                       go into fields called after them: `<mask>` into `mask_token`
+    forward(batch)     the loss in nats, summed over the batch's targets
+    processors         host side of its encoders, by name; empty for the text-side modes
+    layout             its own way of laying out a text (`metalm.objectives.base.TextLayout`), or None where the data's sources
+                       say how
+    parts              what the loss of the last batch is made of, for the log: {name: (sum, count)}
+"""
+
+from typing import Any
+
+from metalm.data.tokenizer import Tokenizer
+from metalm.registry import Registry
+
+MODELS = Registry(
+    "model",
+    group="metalm.models",
+    builtin={
+        "metalm": "metalm.model:MetaLM",
+        "mim": "metalm.objectives.mim:MIM",
+        "pmlm": "metalm.objectives.pmlm:PMLM",
+        "cloze": "metalm.objectives.cloze:Cloze",
+    },
+    default="metalm",
+)
+
+
+def fit_to_tokenizer(config: Any, tokenizer: Tokenizer) -> None:
+    """Gives the tokenizer the special tokens that a model's configuration asks for, and the configuration their ids and the
+    vocabulary's size.
+
+    Raises:
+        ConfigError: a vocabulary is smaller than the tokenizer's.
+    """
+    for name in config.special_tokens:
+        setattr(config, name.strip("<>") + "_token", tokenizer.special(name))
+    config.set_vocab_size(tokenizer.size)
