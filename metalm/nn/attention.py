@@ -161,6 +161,13 @@ class KVCache:
     def advance(self, positions: int) -> None:
         self.length += positions
 
+    def first_rows(self, rows: int) -> KVCache:
+        """A cache of the first rows alone, whose keys and values lie in this one; its `length` is its own."""
+        cache = KVCache(len(self.keys), self.capacity)
+        cache.length = self.length
+        cache.keys, cache.values = [k[:rows] for k in self.keys], [v[:rows] for v in self.values]
+        return cache
+
     def reorder(self, rows: Tensor) -> None:
         """Row b becomes old row `rows[b]`: for beam search."""
         self.keys = [keys[rows] for keys in self.keys]

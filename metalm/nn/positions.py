@@ -66,7 +66,8 @@ class RelativeBias(nn.Module):
         far = exact + (scale * (half - exact)).long()
         return torch.where(size < exact, size, far.clamp(max=half - 1)) + half * (distance > 0)
 
-    def forward(self, query_Q: Tensor, key_K: Tensor) -> Tensor:
-        """The bias [1, H, Q, K] between position ids int64 [Q] and [K]."""
-        buckets = self.bucket(key_K[None, :] - query_Q[:, None])
-        return self.weight[buckets].permute(2, 0, 1)[None]
+    def forward(self, query_BQ: Tensor, key_BK: Tensor) -> Tensor:
+        """The bias [B, H, Q, K] between position ids int64 [B, Q] and [B, K]; B is 1 for ids [Q] and [K] of all rows."""
+        query_BQ, key_BK = torch.atleast_2d(query_BQ, key_BK)
+        buckets = self.bucket(key_BK[:, None, :] - query_BQ[:, :, None])
+        return nn.functional.embedding(buckets, self.weight).permute(0, 3, 1, 2).contiguous()

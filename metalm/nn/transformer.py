@@ -6,7 +6,7 @@ x = x + attention(norm(x));  x = x + mlp(norm(x));  norm at the end
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,18 @@ class MLP(nn.Module):
         return self.down(F.gelu(x) if self.kind == "gelu" else F.relu(x))
 
 
+class Section(NamedTuple):
+    """Queries with a mask of their own: `mask.queries` of them from `mask.first_query` on, over the first `mask.keys` keys."""
+
+    mask: Mask
+    bias_BHQK: Tensor | None = None
+
+    def attend(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, dropout: float) -> Tensor:
+        first, keys = self.mask.first_query, self.mask.keys
+        q_BHQD = q_BHTD[:, :, first : first + self.mask.queries]
+        return attend(q_BHQD, k_BGTD[:, :, :keys], v_BGTD[:, :, :keys], self.mask, self.bias_BHQK, dropout)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with fused projections, grouped-query heads and an optional cache."""
 
@@ -95,7 +107,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        mask: Mask | str,
+        mask: Mask | str | tuple[Section, ...],
         rotary: tuple[Tensor, Tensor] | None = None,
         bias_1HQK: Tensor | None = None,
         cache: KVCache | None = None,
@@ -108,7 +120,11 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        out = attend(q, k, v, mask, bias_1HQK, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(mask, tuple):
+            out = torch.cat([section.attend(q, k, v, dropout) for section in mask], dim=2)
+        else:
+            out = attend(q, k, v, mask, bias_1HQK, dropout)
         return self.out(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -121,7 +137,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, mask: Mask | str, rotary=None, bias_1HQK=None, cache=None, layer=0) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, mask: Mask | str | tuple[Section, ...], rotary=None, bias_1HQK=None, cache=None, layer=0
+    ) -> Tensor:
         attended = self.attention(self.attention_norm(x_BTD), mask, rotary, bias_1HQK, cache, layer)
         x_BTD = x_BTD + self.dropout(attended)
         return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
@@ -141,15 +159,26 @@ class Transformer(nn.Module):
         self.apply(init_weights)
         start_blocks(self.blocks)
 
-    def forward(self, x_BTD: Tensor, position_BT: Tensor, mask: Mask | str = "full", cache: KVCache | None = None) -> Tensor:
-        """States [B, T, D] from input vectors [B, T, D] and position ids int64 [B, T]."""
+    def forward(
+        self,
+        x_BTD: Tensor,
+        position_BT: Tensor,
+        mask: Mask | str | tuple[Section, ...] = "full",
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """States [B, T, D] from input vectors [B, T, D] and position ids int64 [B, T].
+
+        Args:
+            mask: one for all queries, whose relative bias is that of their columns; or the sections of the queries, in order,
+                each with its mask and its relative bias.
+        """
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(position_BT).to(x_BTD.dtype)
         x_BTD = self.dropout(x_BTD)
         rotary = bias = None
         if self.config.positions == "rotary":
             rotary = rotary_tables(position_BT, self.config.width // self.config.heads)
-        if self.relative_bias is not None:
+        if self.relative_bias is not None and not isinstance(mask, tuple):
             index_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
             bias = self.relative_bias(index_T, index_T)
         for layer, block in enumerate(self.blocks):
