@@ -34,7 +34,7 @@ VOCABULARY, MASK, PSEUDO = 8192, 8190, 8191
 class Dense(PMLM):
     """Base, originals and pseudo masks under one dense mask."""
 
-    def states(self, batch: PMLMBatch) -> tuple[Tensor, Tensor]:
+    def hidden(self, batch: PMLMBatch) -> tuple[Tensor, Tensor]:
         x_BND, position_BN, document_BN = self.columns(batch)
         B, N, _ = x_BND.shape
         T, K = batch.tokens_BT.shape[1], batch.step_BK.shape[1]
@@ -48,9 +48,9 @@ class Dense(PMLM):
 class TwoPasses(Dense):
     """A plain pass for AE, a dense one for PAR."""
 
-    def states(self, batch: PMLMBatch) -> tuple[Tensor, Tensor]:
+    def hidden(self, batch: PMLMBatch) -> tuple[Tensor, Tensor]:
         base_BTD = self.encoder(batch.tokens_BT, batch.document_BT, batch.position_BT)
-        return base_BTD, super().states(batch)[1]
+        return base_BTD, super().hidden(batch)[1]
 
 
 PEERS: dict[str, tuple[type[PMLM], float]] = {"two passes": (TwoPasses, 1.6), "dense": (Dense, 1.0)}  # with its bar

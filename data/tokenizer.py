@@ -70,6 +70,10 @@ class Tokenizer:
 
         return zlib.crc32(repr(sorted(self.backend.get_vocab().items())).encode())
 
+    def agrees_with(self, other: Tokenizer) -> bool:
+        """Whether both give a text the same tokens; special tokens that were added to either do not count."""
+        return self.backend.get_vocab(with_added_tokens=False) == other.backend.get_vocab(with_added_tokens=False)
+
     @classmethod
     def load(cls, name: str | Path) -> Tokenizer:
         """From a `tokenizer.json`, a folder that holds one (an export, a run), or a Hugging Face id."""

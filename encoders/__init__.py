@@ -8,6 +8,7 @@ ENCODERS = Registry(
     builtin={
         "text": "metalm.encoders.text:TextEncoder",
         "fused": "metalm.encoders.fused:FusedEncoder",
+        "two_tower": "metalm.encoders.two_tower:TwoTowerEncoder",
         "vit": "metalm.encoders.vit:ViT",
         "timm": "metalm.encoders.image:TimmEncoder",
         "open_clip": "metalm.encoders.image:OpenClipEncoder",

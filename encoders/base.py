@@ -27,11 +27,16 @@ from metalm.nn.packing import pack
 
 @dataclass(kw_only=True)
 class EncoderConfig:
-    """What every encoder's `Config` has: `type` picks the class, `trainable` is all, none, or the last n layers."""
+    """What every encoder's `Config` has.
+
+    `type` picks the class; `trainable` is all, none, or the last n layers; `init_from` is a run or export whose encoder (of
+    this name, if it has several) this is to be, type, shape and weights.
+    """
 
     type: str
     connector: Any = plugin(CONNECTORS, default=None)
     trainable: Trainable = "all"
+    init_from: str = ""
 
 
 @dataclass

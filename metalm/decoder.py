@@ -14,10 +14,15 @@ from metalm.nn.transformer import Transformer, TransformerConfig, init_weights
 
 @dataclass
 class DecoderConfig(TransformerConfig):
-    """A stack with a vocabulary. `vocab_size` 0 takes the tokenizer's; `trainable`: all, none, or the last n layers."""
+    """A stack with a vocabulary.
+
+    `vocab_size` 0 takes the tokenizer's; `trainable`: all, none, or the last n layers; `init_from`: a run or export whose
+    decoder this is to be, shape and weights.
+    """
 
     vocab_size: int = 0
     trainable: Trainable = "all"
+    init_from: str = ""
 
     def __post_init__(self):
         super().__post_init__()

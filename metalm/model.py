@@ -117,20 +117,10 @@ class MetaLM(nn.Module):
         mask = Mask(predicate, B, T, T, batch.tokens_BT.device)
         return self.decoder(self.embed(batch), batch.position_BT, mask, cache)
 
+    def num_predictions(self, batch: Batch) -> int:
+        return batch.num_targets
+
     def forward(self, batch: Batch) -> Tensor:
         """Cross-entropy summed over the batch's targets, in nats: a float32 scalar."""
         hidden_LD = self.hidden(batch).flatten(0, 1)[batch.places_L]
         return linear_cross_entropy(hidden_LD, self.decoder.embedding.weight, batch.targets_L)
-
-    def parameters_by_part(self) -> dict[str, tuple[int, int]]:
-        """(all, trainable) parameter counts of the decoder, each encoder and each connector."""
-        parts = {"decoder": self.decoder}
-        for name in self.encoders:
-            parts |= {f"encoders.{name}": self.encoders[name], f"connectors.{name}": self.connectors[name]}
-        return {
-            name: (
-                sum(p.numel() for p in part.parameters()),
-                sum(p.numel() for p in part.parameters() if p.requires_grad),
-            )
-            for name, part in parts.items()
-        }

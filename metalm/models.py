@@ -5,6 +5,8 @@ A model is a module with
     Config             a dataclass with `type`, `set_vocab_size`, and `special_tokens` that the tokenizer must have, whose ids
                        go into fields called after them: `<mask>` into `mask_token`
     forward(batch)     the loss in nats, summed over the batch's targets
+    hidden(batch)      what the softmax gets to see, at all positions: a tensor, or several
+    num_predictions    of a batch: how often the softmax is asked
     processors         host side of its encoders, by name; empty for the text-side modes
     layout             its own way of laying out a text (`metalm.objectives.base.TextLayout`), or None where the data's sources
                        say how
@@ -29,6 +31,11 @@ MODELS = Registry(
 )
 
 
+def token_field(name: str) -> str:
+    """The configuration's field for the id of a special token."""
+    return name.strip("<>") + "_token"
+
+
 def fit_to_tokenizer(config: Any, tokenizer: Tokenizer) -> None:
     """Gives the tokenizer the special tokens that a model's configuration asks for, and the configuration their ids and the
     vocabulary's size.
@@ -37,5 +44,5 @@ def fit_to_tokenizer(config: Any, tokenizer: Tokenizer) -> None:
         ConfigError: a vocabulary is smaller than the tokenizer's.
     """
     for name in config.special_tokens:
-        setattr(config, name.strip("<>") + "_token", tokenizer.special(name))
+        setattr(config, token_field(name), tokenizer.special(name))
     config.set_vocab_size(tokenizer.size)

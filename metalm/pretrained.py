@@ -58,8 +58,10 @@ def save_pretrained(weights: Mapping[str, Tensor], config: Any, tokenizer: Token
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plain = to_plain(config)
+    # The weights are in the export: nothing is to be fetched when it is loaded.
+    for part in filter(None, (plain.get("decoder"), plain.get("encoder"), *plain.get("encoders", {}).values())):
+        part["init_from"] = ""
     for encoder in plain.get("encoders", {}).values():
-        # The weights are in the export: nothing is to be fetched when it is loaded.
         if "pretrained" in encoder:
             encoder["pretrained"] = type(encoder["pretrained"])()
         if encoder.get("arguments"):
@@ -70,8 +72,52 @@ def save_pretrained(weights: Mapping[str, Tensor], config: Any, tokenizer: Token
     tokenizer.save(folder)
 
 
-def load_weights(model: nn.Module, name: str | Path) -> None:
-    """Fills a model with an export's weights.
+def read_part(name: str | Path, part: str) -> tuple[str, dict]:
+    """Where an export keeps a part of a model, `decoder` or `encoders.NAME`, and that part's plain configuration.
+
+    A text-side pretraining mode has one `encoder`, which is anybody's.
+
+    Raises:
+        CheckpointError: the export has no such part.
+    """
+    model = read_model_config(name)
+    kind, _, own = part.partition(".")
+    if kind == "encoders" and "encoder" in model:
+        return "encoder", model["encoder"]
+    if kind == "encoders" and own in model.get("encoders", {}):
+        return part, model["encoders"][own]
+    if kind == "decoder" and "decoder" in model:
+        return part, model["decoder"]
+    there = ["decoder"] * ("decoder" in model) + ["encoder"] * ("encoder" in model)
+    there += [f"encoders.{encoder}" for encoder in model.get("encoders", {})]
+    raise CheckpointError(f"{find_export(name)} has no {part} to start from; it has {', '.join(there)}")
+
+
+def inherit(part: dict, name: str | Path, where: str) -> dict:
+    """The plain configuration of a part that starts from an export's: that one's, with what `part` says over it."""
+    _, source = read_part(name, where)
+    return {key: value for key, value in source.items() if key not in ("connector", "trainable", "init_from")} | part
+
+
+def load_parts(model: nn.Module, config: Any, tokenizer: Tokenizer) -> None:
+    """Loads the decoder and the encoders that have an `init_from` of their own.
+
+    Raises:
+        CheckpointError: a part is not there, does not fit, or was trained on other tokens.
+    """
+    parts = {"decoder": (getattr(model, "decoder", None), getattr(config, "decoder", None))}
+    parts |= {f"encoders.{name}": (model.encoders[name], c) for name, c in getattr(config, "encoders", {}).items()}
+    for name, (module, part) in parts.items():
+        if getattr(part, "init_from", ""):
+            if not tokenizer.agrees_with(Tokenizer.load(find_export(part.init_from))):
+                raise CheckpointError(
+                    f"{name}.init_from: {part.init_from} was trained on another tokenizer's tokens: set tokenizer.path to it"
+                )
+            load_weights(module, part.init_from, read_part(part.init_from, name)[0] + ".")
+
+
+def load_weights(model: nn.Module, name: str | Path, prefix: str = "") -> None:
+    """Fills a model with an export's weights, or with those whose names begin with `prefix`.
 
     Raises:
         CheckpointError: tensors are missing, left over, or of another shape; it names them.
@@ -83,6 +129,7 @@ def load_weights(model: nn.Module, name: str | Path) -> None:
         weights = load_file(path)
     except Exception as error:  # safetensors raises its own and OSError, without a common base
         raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
+    weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     own = model.state_dict()
     problems = [f"{n}: missing" for n in own if n not in weights]
     problems += [f"{n}: unknown to this model" for n in weights if n not in own]

@@ -52,8 +52,11 @@ class CharacterEmbedding(nn.Module):
         self.convolutions = nn.ModuleList(nn.Conv1d(config.width, n, k) for k, n in enumerate(config.filters, start=1))
         self.highway = nn.Linear(features, 2 * features)
         self.out = nn.Linear(features, width)
-        with torch.no_grad():
-            self.highway.bias[features:].fill_(1.0)  # starts by carrying most of its input through
+        # Variance 1 / fan-in, as everywhere: words are then about as far apart as the sinusoids that are added to them.
+        for layer in (*self.convolutions, self.highway, self.out):
+            nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+            nn.init.zeros_(layer.bias)
+        nn.init.ones_(self.highway.bias[features:])  # starts by carrying most of its input through
 
     def spell(self, words: Sequence[str]) -> None:
         """Sets the characters of the words with ids 0, 1, …"""

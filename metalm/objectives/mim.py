@@ -54,7 +54,7 @@ class MIMLayout:
     r2l_token: int
 
     def room(self, length: int) -> int:
-        return length // 2
+        return (length - 1) // 2
 
     def lay_out(self, tokens: list[int], rng: random.Random, key: str) -> Document:
         return Document([], key, [[Text(tokens)], [Text([self.r2l_token, *tokens[:0:-1]]), Text(tokens[:1])]])

@@ -251,7 +251,7 @@ class PMLM(nn.Module):
         position_BN = torch.cat([batch.position_BT, position_BK, position_BK], dim=1)
         return x_BND, position_BN, torch.cat([batch.document_BT, document_BK, document_BK], dim=1)
 
-    def states(self, batch: PMLMBatch) -> tuple[Tensor, Tensor | None]:
+    def hidden(self, batch: PMLMBatch) -> tuple[Tensor, Tensor | None]:
         """States [B, T, D] of the base, and [B, K, D] of the pseudo masks where there is PAR."""
         if not self.config.par:
             return self.encoder(batch.tokens_BT, batch.document_BT, batch.position_BT), None
@@ -259,9 +259,12 @@ class PMLM(nn.Module):
         T, K = batch.tokens_BT.shape[1], batch.step_BK.shape[1]
         return x_BND[:, :T], x_BND[:, T + K :]
 
+    def num_predictions(self, batch: PMLMBatch) -> int:
+        return batch.num_targets * (self.config.ae + self.config.par)
+
     def forward(self, batch: PMLMBatch) -> Tensor:
         """AE + PAR in nats, summed over the masked tokens."""
-        base_BTD, pseudo_BKD = self.states(batch)
+        base_BTD, pseudo_BKD = self.hidden(batch)
         read: dict[str, tuple[Tensor, Tensor]] = {}  # states and what they predict
         if self.config.ae:
             read["ae"] = base_BTD.flatten(0, 1)[batch.places_L], batch.targets_L

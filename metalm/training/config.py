@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from metalm.config import build, plugin, read_yaml
 from metalm.data.stream import DataConfig
 from metalm.errors import ConfigError
 from metalm.models import MODELS
-from metalm.pretrained import read_model_config
+from metalm.pretrained import inherit, read_model_config
 
 
 @dataclass
@@ -90,7 +91,21 @@ def load_run_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     if values.get("init_from"):
         values["model"] = merge(read_model_config(values["init_from"]), values.get("model") or {})
         values.setdefault("tokenizer", {"path": values["init_from"]})
+    model = values.get("model")
+    for name, holder, key in parts(model) if isinstance(model, dict) else ():
+        start = holder[key].get("init_from")
+        if start:
+            holder[key] = inherit(holder[key], start, name)
+            values.setdefault("tokenizer", {"path": start})
     return build(RunConfig, values, str(path))
+
+
+def parts(model: dict) -> Iterator[tuple[str, dict, str]]:
+    """The decoder and the encoders of a plain configuration, each by its name, the mapping that holds it, and its key there."""
+    encoders = model.get("encoders") if isinstance(model.get("encoders"), dict) else {}
+    for name, holder, key in (("decoder", model, "decoder"), *((f"encoders.{name}", encoders, name) for name in encoders)):
+        if isinstance(holder.get(key), dict):
+            yield name, holder, key
 
 
 def merge(base: dict, changes: dict) -> dict:

@@ -6,13 +6,16 @@ a float32 master copy); activations come on top. FLOPs are counted by torch whil
 
 from __future__ import annotations
 
+import random
+
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from metalm.data.prompts import Interface
 from metalm.errors import ConfigError
-from metalm.model import MetaLM
-from metalm.segments import Document, Text, load_spans, make_batch
+from metalm.models import MODELS, fit_to_tokenizer, token_field
+from metalm.segments import Document, Text
 from metalm.training.config import RunConfig
 
 
@@ -29,38 +32,59 @@ def model_state_bytes(parameters: int, trainable: int, precision: str, world: in
     }
 
 
-def flops_per_step(config: RunConfig, model: MetaLM) -> int:
-    """Forward and backward FLOPs of one rank's step on full rows, counted on the meta device.
+def parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(all, trainable) parameter counts of the decoder, each encoder and each connector."""
+    parts = {}
+    for name, part in model.named_children():
+        parts |= {f"{name}.{own}": child for own, child in part.items()} if isinstance(part, nn.ModuleDict) else {name: part}
+    return {
+        name: (sum(p.numel() for p in part.parameters()), sum(p.numel() for p in part.parameters() if p.requires_grad))
+        for name, part in parts.items()
+    }
 
-    Each row holds as many documents as fit of what the model can read: an image with 16 tokens of text, 64 more for an encoder
-    of text alone, and 48 to predict, or what there is room for.
+
+def flops_per_step(config: RunConfig, model: nn.Module) -> int:
+    """Forward and backward FLOPs of one rank's step on full rows, counted on the meta device."""
+    length = config.data.row_length
+    interface = Interface.of(model, None, length)
+    document = sample_document(interface, length)
+    batch = interface.collate([[document] * (length // len(document))] * config.data.rows, length)
+    predictions = model.num_predictions(batch)
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.hidden(batch.to("meta"))
+        states = [hidden] if isinstance(hidden, Tensor) else [x for x in hidden if x is not None]
+        sum(x.sum() for x in states).backward()
+    vocabulary = next(p.vocab_size for p in vars(config.model).values() if hasattr(p, "vocab_size"))
+    return (counter.get_total_flops() + 6 * predictions * states[0].shape[-1] * vocabulary) * config.training.accumulation
+
+
+def sample_document(interface: Interface, length: int) -> Document:
+    """A text as long as the model takes, where it lays texts out itself; else what the model can read: an image with 16 tokens
+    of text, 64 more for an encoder of text alone, and 48 to predict, or what there is room for.
+
+    Raises:
+        ConfigError: a row does not hold what the encoders make of that.
     """
     from metalm.encoders.image import one_pixel_png
 
-    interface = Interface.of(model, None, 1 << 30)
+    if interface.layout:
+        return interface.layout.lay_out([0] * interface.layout.room(length), random.Random(0), "")
     image = one_pixel_png() if interface.image or interface.fused else None
-    length, words = config.data.row_length, interface.text_room
+    words = interface.text_room
     prompt = interface.read(image, [0] * min(16, words))
     if interface.text and interface.text != interface.fused:
         prompt.append(interface.read_tokens([0] * max(1, min(64, words, (length - sum(map(len, prompt))) // 2))))
     room = length - sum(map(len, prompt))
     if room < 1:
         raise ConfigError(f"data.row_length={length} does not hold what the encoders make of an image and a few words")
-    document = load_spans(Document([*prompt, Text([0] * min(48, room))]), model.processors)
-    row = [document] * (length // len(document))
-    batch = make_batch([row] * config.data.rows, model.processors, length)
-    targets = batch.num_targets
-    with FlopCounterMode(display=False) as counter:
-        model.hidden(batch.to("meta")).sum().backward()
-    head = 6 * targets * model.config.decoder.width * model.config.decoder.vocab_size
-    return (counter.get_total_flops() + head) * config.training.accumulation
+    return interface.load(Document([*prompt, Text([0] * min(48, room))]))
 
 
 def estimate(config: RunConfig, world: int) -> dict:
     """Plain figures for `dry_run`; the model's vocabulary must be set."""
     with torch.device("meta"):
-        model = MetaLM(config.model)
-    parts = model.parameters_by_part()
+        model = MODELS[config.model.type](config.model)
+    parts = parameters_by_part(model)
     total, trainable = (sum(column) for column in zip(*parts.values()))
     return {
         "parameters": {name: {"all": a, "trainable": t} for name, (a, t) in parts.items()},
@@ -73,6 +97,13 @@ def estimate(config: RunConfig, world: int) -> dict:
     }
 
 
+def fill_in_tokens(config: RunConfig) -> None:
+    """The vocabulary's size and ids for special tokens, as a tokenizer that is yet to be trained will have them."""
+    for i, name in enumerate(config.model.special_tokens):
+        setattr(config.model, token_field(name), i)
+    config.model.set_vocab_size(config.tokenizer.vocab_size + len(config.model.special_tokens))
+
+
 def print_estimate(config: RunConfig) -> None:
     """Prints `estimate` as tables; the vocabulary is the tokenizer's, or what it will be trained to."""
     import os
@@ -83,7 +114,10 @@ def print_estimate(config: RunConfig) -> None:
     from metalm.data.tokenizer import Tokenizer
 
     path = config.tokenizer.path
-    config.model.set_vocab_size(Tokenizer.load(path).size if path else config.tokenizer.vocab_size)
+    if path:
+        fit_to_tokenizer(config.model, Tokenizer.load(path))
+    else:
+        fill_in_tokens(config)
     figures = estimate(config, int(os.environ.get("WORLD_SIZE", 1)))
     console = Console()
     parameters = Table("part", "parameters", "trainable", title="Parameters")

@@ -20,7 +20,7 @@ from metalm.data.stream import DataConfig, Loader, PackedStream, SourceConfig
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import CheckpointError, ConfigError, TrainingError
 from metalm.models import MODELS, fit_to_tokenizer
-from metalm.pretrained import load_weights
+from metalm.pretrained import load_parts, load_weights
 from metalm.segments import Batch
 from metalm.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_export
 from metalm.training.config import RunConfig
@@ -54,6 +54,8 @@ def train(config: RunConfig) -> Path:
     model = MODELS[config.model.type](config.model)
     if config.init_from and not found:
         load_weights(model, config.init_from)
+    elif not found:
+        load_parts(model, config.model, tokenizer)
     interface = Interface.of(model, tokenizer, config.data.row_length)
     stream = PackedStream(config.data.train, interface, config.data, config.training.seed, rank, world)
     engine = make_engine(model.to(device), config.training, config.data.rows)

@@ -21,6 +21,7 @@ VIT = {"type": "timm", "name": "vit_tiny_patch16_224", "image_size": 32, "argume
 CLIP = {"type": "open_clip", "name": "ViT-S-32-alt", "image_size": 64}  # open_clip's cheapest plain ViT
 CONFIGS = {
     "text": {"type": "text", **SIZE},
+    "two_tower": {"type": "two_tower", **SIZE},
     "fused": {"type": "fused", **SIZE, "image_size": 16, "patch_size": 8},
     "vit": {"type": "vit", "layers": 3, "width": 16, "heads": 2, "image_size": 16, "patch_size": 8},
     "fused, experts": {"type": "fused", **SIZE, "image_size": 16, "patch_size": 8, "experts": True, "fusion_layers": 1},

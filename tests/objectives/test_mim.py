@@ -166,3 +166,9 @@ def test_bad_configurations_are_named():
     encoder = {"type": "text", "layers": 1, "width": 8, "heads": 1, "connector": {"type": "linear"}}
     with pytest.raises(ConfigError, match=r"decoder\.init_from"):
         build(MIMConfig, {"decoder": decoder, "encoders": {"text": encoder}}, "test")
+
+
+@pytest.mark.parametrize("length", [5, 6, 64, 65])
+def test_the_longest_document_fills_a_row(length):
+    tokens = [3] * LAYOUT.room(length)
+    assert length - 1 <= len(LAYOUT.lay_out(tokens, random.Random(0), "")) <= length

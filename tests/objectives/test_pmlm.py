@@ -130,7 +130,7 @@ def dense_states(model: PMLM, document: PMLMDocument, slots: list[Slot]) -> Tens
 
 def targets_states(model: PMLM, batch: PMLMBatch) -> tuple[Tensor, Tensor]:
     """States [L, D] at the [M] and at the [P] of the targets."""
-    base_BTD, pseudo_BKD = model.states(batch)
+    base_BTD, pseudo_BKD = model.hidden(batch)
     return base_BTD.flatten(0, 1)[batch.places_L], pseudo_BKD.flatten(0, 1)[batch.slots_L]
 
 
@@ -285,7 +285,7 @@ def test_the_models_layout(plain):
 
 def test_the_base_is_a_plain_pass(model):
     batch = make_pmlm_batch([[make_document(20), make_document(11, 1)], [make_document(30, 2)]], 40)
-    base_BTD, _ = model.states(batch)
+    base_BTD, _ = model.hidden(batch)
     close(base_BTD, model.encoder(batch.tokens_BT, batch.document_BT, batch.position_BT))
 
 
@@ -327,7 +327,7 @@ def test_padding_slots_do_nothing(plain):
         original_BK=torch.where(batch.step_BK == 0, 33, batch.original_BK),
         place_BK=torch.where(batch.step_BK == 0, 5, batch.place_BK),
     )
-    states, others = plain.states(batch), plain.states(changed)
+    states, others = plain.hidden(batch), plain.hidden(changed)
     assert all(x.isfinite().all() for x in (*states, *others))
     for mine, theirs in zip(targets_states(plain, batch), targets_states(plain, changed)):
         assert torch.equal(mine, theirs)
@@ -407,7 +407,7 @@ def test_the_encoder_is_a_text_encoder(plain):
     encoder = TextEncoder(make_config().encoder).double()
     encoder.load_state_dict({name.removeprefix("encoder."): value for name, value in plain.state_dict().items()})
     batch = make_pmlm_batch([[make_document(20)]], 20)
-    close(encoder(batch.tokens_BT, batch.document_BT, batch.position_BT), plain.states(batch)[0])
+    close(encoder(batch.tokens_BT, batch.document_BT, batch.position_BT), plain.hidden(batch)[0])
 
 
 def test_it_learns():
@@ -438,7 +438,7 @@ def leaks(model: PMLM, documents: list[PMLMDocument]) -> list[str]:
     batch = make_pmlm_batch([documents], sum(map(len, documents)))
     seen: list[Tensor] = []
     hook = model.encoder.embedding.register_forward_hook(lambda module, arguments, out: seen.append(out))
-    base_BTD, pseudo_BKD = model.states(batch)
+    base_BTD, pseudo_BKD = model.hidden(batch)
     hook.remove()
     T, K = batch.tokens_BT.shape[1], batch.step_BK.shape[1]
     slots = [(d, slot) for d, document in enumerate(documents) for slot in slots_of(document)]

@@ -9,7 +9,7 @@ import pytest
 import metalm.configs
 from metalm.errors import ConfigError
 from metalm.training.config import load_run_config
-from metalm.training.estimate import estimate, model_state_bytes, print_estimate
+from metalm.training.estimate import estimate, fill_in_tokens, model_state_bytes, print_estimate
 
 FOLDER = Path(metalm.configs.__path__[0])
 CONFIGS = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml"))
@@ -18,7 +18,7 @@ WHOLE = [name for name in CONFIGS if "init_from" not in (FOLDER / name).read_tex
 
 def load(name: str, *overrides: str):
     config = load_run_config(name, [*overrides])
-    config.model.set_vocab_size(config.tokenizer.vocab_size)
+    fill_in_tokens(config)
     return config
 
 
@@ -30,7 +30,9 @@ def test_every_configuration_can_be_estimated(name):
     assert figures["total"]["all"] == total > 0
     assert figures["positions_per_step"] == 2 * config.data.rows * config.data.row_length * config.training.accumulation
     # Each position runs through the decoder alone or through an encoder as well: 6 FLOPs a weight and position, about.
-    decoder = figures["parameters"]["decoder"]["all"] - config.model.decoder.vocab_size * config.model.decoder.width
+    part = getattr(config.model, "decoder", None) or config.model.encoder
+    stack = figures["parameters"]["decoder" if hasattr(config.model, "decoder") else "encoder"]["all"]
+    decoder = stack - part.vocab_size * part.width
     positions = config.data.rows * config.data.row_length * config.training.accumulation
     assert 4 * decoder * positions < figures["flops_per_step_and_rank"] < 30 * total * positions
 

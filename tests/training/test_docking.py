@@ -1,0 +1,105 @@
+"""What a text-side mode trained becomes a part of METALM: weights arrive, states are the source's, and mismatches are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from metalm.errors import CheckpointError
+from metalm.pretrained import load_pretrained
+from metalm.segments import Document, Text, make_batch
+from metalm.training.config import load_run_config
+from metalm.training.loop import train
+
+STORY = "\n\n".join(f"the {color} dog number {n} runs over the {color} hill ." for n in range(40) for color in ("red", "blue"))
+STACK = {"layers": 2, "width": 32, "heads": 2, "max_positions": 64}
+
+
+def write_run(folder: Path, name: str, model: dict, source: dict, **more) -> Path:
+    """A configuration of a two-step run on `STORY`."""
+    text = folder / "story.txt"
+    text.write_text(STORY)
+    source = {"shards": "${out}/data/train", "task": "text", **source}
+    plain = {
+        "out": str(folder / name),
+        "model": model,
+        "data": {"path": str(text), "row_length": 64, "rows": 2, "block": 16, "workers": 0, "train": [source]},
+        "training": {"steps": 2, "warmup": 1, "precision": "float32", "checkpoint_every": 0},
+    } | more
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Path]:
+    """A run of every text-side mode."""
+    folder = tmp_path_factory.mktemp("sources")
+    models = {
+        "mim": {"type": "mim", "decoder": STACK},
+        "pmlm": {"type": "pmlm", "encoder": {"type": "text", **STACK}},
+        "cloze": {"type": "cloze", "encoder": {"type": "two_tower", **STACK, "layers": 1}},
+    }
+    tokenizer = {"tokenizer": {"vocab_size": 300}}
+    return {n: train(load_run_config(write_run(folder, n, model, {}, **tokenizer))) for n, model in models.items()}
+
+
+def start_from(folder: Path, name: str, part: dict, encoder: str = "") -> Path:
+    """Two steps of METALM with a part that starts from a run."""
+    encoders = {encoder: {**part, "connector": {"type": "linear"}}} if encoder else {}
+    decoder = {"layers": 1, "width": 16, "heads": 1} if encoder else part
+    objective = {"type": "semicausal", "min_length": 4, "max_length": 8} if encoder else {"type": "causal"}
+    return write_run(folder, name, {"decoder": decoder, "encoders": encoders}, {"objective": objective})
+
+
+def test_mim_becomes_a_decoder_with_the_same_logits(sources, tmp_path):
+    config = load_run_config(start_from(tmp_path, "docked", {"init_from": str(sources["mim"])}), ["training.lr=1e-30"])
+    assert config.model.decoder.width == STACK["width"]
+    source, tokenizer = load_pretrained(sources["mim"], torch.float64)
+    docked, own = load_pretrained(train(config), torch.float64)
+    assert type(docked).__name__ == "MetaLM" and own.agrees_with(tokenizer)
+    tokens = [tokenizer.start, *tokenizer.encode("the red dog")]
+    batch = make_batch([[Document([Text(tokens)])]], {})
+    assert torch.equal(docked.decoder.logits(docked.hidden(batch)), source.decoder.logits(source.hidden(batch)))
+
+
+@pytest.mark.parametrize("mode", ["pmlm", "cloze"])
+def test_an_encoder_of_text_becomes_metalms_with_the_same_states(sources, tmp_path, mode):
+    part = {"init_from": str(sources[mode])}
+    config = load_run_config(start_from(tmp_path, "docked", part, "text"), ["training.lr=1e-30"])
+    source, tokenizer = load_pretrained(sources[mode], torch.float64)
+    docked, _ = load_pretrained(train(config), torch.float64)
+    inputs = docked.processors["text"].collate([{"tokens": tokenizer.encode("the red dog")}]).inputs
+    assert torch.equal(docked.encoders["text"](**inputs), source.encoder(**inputs))
+    assert docked.config.encoders["text"].init_from == ""  # the export stands alone
+
+
+def test_a_docked_part_learns_on(sources, tmp_path):
+    config = load_run_config(start_from(tmp_path, "docked", {"init_from": str(sources["pmlm"])}, "text"))
+    source, _ = load_pretrained(sources["pmlm"])
+    docked, _ = load_pretrained(train(config))
+    assert not torch.equal(docked.encoders["text"].embedding.weight, source.encoder.embedding.weight)
+
+
+def test_an_encoder_of_a_metalm_is_taken_by_its_name(sources, tmp_path):
+    first = train(load_run_config(start_from(tmp_path, "first", {"init_from": str(sources["pmlm"])}, "text")))
+    config = load_run_config(start_from(tmp_path, "second", {"init_from": str(first)}, "text"), ["training.lr=1e-30"])
+    once, twice = load_pretrained(first)[0], load_pretrained(train(config))[0]
+    assert torch.equal(once.encoders["text"].embedding.weight, twice.encoders["text"].embedding.weight)
+
+
+def test_what_does_not_fit_is_named(sources, tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no decoder to start from; it has encoder"):
+        load_run_config(start_from(tmp_path, "a", {"init_from": str(sources["pmlm"])}))
+    with pytest.raises(CheckpointError, match=r"has no encoders\.text to start from; it has decoder"):
+        load_run_config(start_from(tmp_path, "b", {"init_from": str(sources["mim"])}, "text"))
+    wider = load_run_config(start_from(tmp_path, "c", {"init_from": str(sources["mim"]), "width": 48}))
+    with pytest.raises(CheckpointError, match=r"embedding\.weight: \(\d+, 32\) in the file, \(\d+, 48\) in the model"):
+        train(wider)
+    other = load_run_config(start_from(tmp_path, "d", {"init_from": str(sources["mim"])}), ["tokenizer={vocab_size: 290}"])
+    other.tokenizer.path = ""
+    with pytest.raises(CheckpointError, match=r"decoder\.init_from: .* another tokenizer"):
+        train(other)
