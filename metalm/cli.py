@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ data_app = typer.Typer(help="Make, import and check webdataset shards.", no_args
 app.add_typer(data_app, name="data")
 
 Out = Annotated[Path, typer.Option(help="Where to write.")]
-Shards = Annotated[str, typer.Option("--data", help="Shards: a folder, a tar, or a brace pattern.")]
+Shards = Annotated[str, typer.Option("--data", help="Shards: a folder, a tar, or a brace pattern; for infilling JSON Lines.")]
 Model = Annotated[str, typer.Option(help="A run, an export, or a Hugging Face Hub id.")]
 
 
@@ -63,7 +63,7 @@ def train(
 
 @app.command()
 def evaluate(
-    task: Annotated[str, typer.Argument(help="vqa or captioning.")],
+    task: Annotated[str, typer.Argument(help="vqa, captioning, or infilling.")],
     model: Model,
     data: Shards,
     out: Annotated[Path, typer.Option(help="The result, a JSON file.")],
@@ -88,10 +88,18 @@ def evaluate(
     from metalm.inference.generate import GenerationConfig
     from metalm.registry import did_you_mean
 
-    if task not in ("vqa", "captioning"):
-        raise ConfigError(f"no evaluation is called {task!r}{did_you_mean(task, ['vqa', 'captioning'])}")
+    tasks = ["vqa", "captioning", "infilling"]
+    if task not in tasks:
+        raise ConfigError(f"no evaluation is called {task!r}{did_you_mean(task, tasks)}")
     if spice and task != "captioning":
         raise ConfigError("--spice is for captioning")
+    if task == "infilling":
+        from metalm.evaluation.infilling import Infiller, evaluate_infilling
+        from metalm.inference.infill import InfillConfig
+
+        infiller = Infiller.load(model, InfillConfig(max_new_tokens))
+        report_result(evaluate_infilling(infiller, data, model, limit), out)
+        return
     generation = GenerationConfig(max_new_tokens, beams, length_penalty=length_penalty)
     predictor = Predictor.load(model, generation, batch_size, dtype)
     arguments = {"shots": shots, "shots_data": shots_data, "blind": blind, "limit": limit, "seed": seed}
@@ -100,10 +108,53 @@ def evaluate(
     else:
         result = evaluate_captioning(predictor, data, model, spice=spice, **arguments)
     result.config |= {"dtype": dtype, "batch_size": batch_size}
+    report_result(result, out)
+    print(write_page(result, out))
+
+
+def report_result(result: Any, out: Path) -> None:
+    """Writes a result and prints its figures."""
     lines = result.write(out)
     for name, value in result.metrics.items():
         print(f"{name:24s} {value:.4f}")
-    print(f"{out}, {lines} and {write_page(result, out)}")
+    print(out, lines, sep="\n")
+
+
+@app.command()
+def infill(
+    model: Model,
+    prefix: Annotated[str, typer.Option(help="The text before the hole.")] = "",
+    suffix: Annotated[str, typer.Option(help="The text after it.")] = "",
+    file: Annotated[Path | None, typer.Option(help='JSON Lines of {"prompt", "suffix"}, in place of one hole.')] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the filled rows; needed with --file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest text of either side, in tokens.")] = 64,
+    ngram: Annotated[int, typer.Option(help="Tokens on which both sides must agree before they meet.")] = 4,
+    threshold: Annotated[float, typer.Option(help="Accept tokens of this probability; 0: only the likeliest.")] = 0.0,
+    predict_suffix: Annotated[bool, typer.Option("--predict-suffix", help="The suffix's first token too.")] = False,
+) -> None:
+    """Fill the hole between a prefix and a suffix from both sides at once (a model trained as 'mim')."""
+    import json
+
+    from metalm.errors import ConfigError
+    from metalm.evaluation.infilling import Infiller, read_holes
+    from metalm.inference.infill import InfillConfig
+
+    if file is None and not (prefix or suffix):
+        raise ConfigError("give --prefix, --suffix or both, or a --file of them")
+    if (file is None) != (out is None):
+        raise ConfigError("--file and --out go together")
+    infiller = Infiller.load(model, InfillConfig(max_new_tokens, ngram, threshold, predict_suffix))
+    if file is None:
+        text, found = infiller(prefix, suffix)
+        print(text)
+        print(f"{found.ended} in {found.calls} calls for {len(found.tokens)} tokens", file=sys.stderr)
+        return
+    with open(out, "w") as lines:
+        for row in read_holes(file):
+            text, found = infiller(row["prompt"], row["suffix"])
+            filled = {"infilling": text, "ended": found.ended, "calls": found.calls, "tokens": len(found.tokens)}
+            lines.write(json.dumps(row | filled, ensure_ascii=False) + "\n")
+    print(out)
 
 
 @app.command()

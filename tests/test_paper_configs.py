@@ -11,6 +11,7 @@ from metalm.encoders.text import TextEncoder
 from metalm.model import MetaLM
 from metalm.nn.transformer import Transformer
 from metalm.training.config import RunConfig, load_run_config
+from metalm.training.estimate import estimate, fill_in_tokens
 
 VOCABULARY = 50_259
 
@@ -117,3 +118,18 @@ def test_the_command_stands_in_the_first_line(name):
     path = find_config(f"configs/paper/{name}.yaml")
     first = path.read_text().splitlines()[0]
     assert first.startswith("# deepspeed ") and f"metalm train configs/paper/{name}.yaml" in first
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("causal", 12 * 24 * 1024**2 + 100_000 * 1024),  # "350M" counts a smaller vocabulary
+        ("mim", 12 * 24 * 1024**2 + 100_001 * 1024),
+        ("pmlm", 110e6),
+        ("cloze", 370e6),
+    ],
+)
+def test_text_side_modes_have_the_papers_sizes(name, parameters):
+    config = load_run_config(f"text/{name}-paper.yaml")
+    fill_in_tokens(config)
+    assert estimate(config, 1)["total"]["all"] == pytest.approx(parameters, rel=0.012)

@@ -1,4 +1,4 @@
-"""Questions made from captions by rule, for pretraining on texts or for asking about pictures that have captions only.
+"""Questions made from captions by rule: what captioned pictures, or captions alone, can teach about answering.
 
     a man in a red shirt is riding a horse on the beach
 
@@ -21,7 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 from metalm.data.sample import Question, Sample
 from metalm.data.shards import read_samples
@@ -178,7 +178,7 @@ def with_article(noun: str) -> str:
 
 
 def ask_sample(grammar: Grammar, about: list[str], captions: list[str], rng: random.Random, number: int) -> list[Question]:
-    """Up to `number` questions that the captions `about` answer, of as many types as there are.
+    """Up to `number` questions that the captions `about` answer, the types by turns.
 
     Questions with two answers are left out; half of "is there …?" asks for what none of the sample's `captions` names.
     """
@@ -190,24 +190,26 @@ def ask_sample(grammar: Grammar, about: list[str], captions: list[str], rng: ran
     for (kind, question), said in answers.items():
         if len(said) == 1:
             by_type.setdefault(kind, []).append((question, *said))
-    if "exists" in by_type and rng.random() < 0.5:
+    if "exists" in by_type:
         named = {word for caption in captions for word in words_of(caption)}
-        for noun in rng.choices(list(grammar.frequency), list(grammar.frequency.values()), k=20):
-            if not named & {noun, noun + "s", noun + "es"}:
-                by_type["exists"] = [(f"is there {with_article(noun)}?", "no")]
-                break
+        drawn = rng.choices(list(grammar.frequency), list(grammar.frequency.values()), k=40)
+        absent = [noun for noun in dict.fromkeys(drawn) if not named & {noun, noun + "s", noun + "es"}]
+        for i in range(len(by_type["exists"])):
+            if absent and rng.random() < 0.5:
+                by_type["exists"][i] = f"is there {with_article(absent.pop(0))}?", "no"
     order = rng.sample(list(by_type), len(by_type))
-    picked = [(kind, *rng.choice(by_type[kind])) for kind in order][:number]
+    turns = zip_longest(*([(kind, *found) for found in rng.sample(by_type[kind], len(by_type[kind]))] for kind in order))
+    picked = [one for turn in turns for one in turn if one][:number]
     return [Question(str(i), question, [answer], type=kind) for i, (kind, question, answer) in enumerate(picked)]
 
 
-def questions(shards: str, about: str = "text", number: str = "4") -> Iterator[Sample]:
+def questions(shards: str, about: str = "image", number: str = "8") -> Iterator[Sample]:
     """Questions on the captions, or on the images, of shards that have captions.
 
     Args:
         shards: shards of images with captions.
-        about: "text": each caption becomes a sample of its own, a text without its image, with questions that it answers and
-            the image's other captions as its captions; "image": each image keeps its bytes and gets questions on it.
+        about: "image": each image keeps its bytes and gets questions on it; "text": each caption becomes a sample of its own, a
+            text without its image, with questions that it answers and the image's other captions as its captions.
         number: at most so many questions a sample.
 
     Raises:

@@ -43,7 +43,7 @@ class InfillConfig:
         predict_suffix: the forward side must also predict the first token of the suffix.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: int = 64
     ngram: int = 4
     threshold: float = 0.0
     predict_suffix: bool = False

@@ -28,7 +28,8 @@ class TrainingConfig:
 
     `deepspeed` names a bundled DeepSpeed configuration (zero0, zero1, zero2, zero3, zero2-offload, zero3-offload) or a JSON
     file in DeepSpeed's own format; batch sizes, precision and clipping are filled in from here.
-    `min_lr` is the fraction of `lr` that the schedule ends at. Intervals of 0 switch a thing off.
+    `optimizer` is AdamW, by `betas` and `eps`, or stochastic gradient descent with Nesterov's `momentum`; `min_lr` is the
+    fraction of `lr` that the schedule ends at. Intervals of 0 switch a thing off.
     """
 
     steps: int
@@ -36,6 +37,8 @@ class TrainingConfig:
     warmup: int = 100
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     min_lr: float = 0.0
+    optimizer: Literal["adamw", "nesterov"] = "adamw"
+    momentum: float = 0.99
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-6
     weight_decay: float = 0.01
@@ -54,6 +57,8 @@ class TrainingConfig:
         for name in ("steps", "accumulation", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        if not 0 < self.momentum < 1:
+            raise ConfigError(f"momentum is {self.momentum}, it must be between 0 and 1")
         if self.lr <= 0:
             raise ConfigError(f"lr is {self.lr}, it must be positive")
         if len(self.betas) != 2:

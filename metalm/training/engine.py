@@ -90,7 +90,7 @@ def deepspeed_config(config: TrainingConfig, rows: int) -> dict:
 
 
 def make_engine(model: nn.Module, config: TrainingConfig, rows: int):
-    """The DeepSpeed engine around a model, with AdamW; matrices decay, vectors (norms, biases) and embeddings do not."""
+    """The DeepSpeed engine around a model, with its optimizer: matrices decay, vectors and embeddings do not."""
     import deepspeed
 
     ds_config = deepspeed_config(config, rows)
@@ -106,7 +106,9 @@ def make_engine(model: nn.Module, config: TrainingConfig, rows: int):
     ]
     groups = [group for group in groups if group["params"]]
     arguments = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
-    if offload and torch.cuda.is_available():
+    if config.optimizer == "nesterov":
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True)
+    elif offload and torch.cuda.is_available():
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         optimizer = DeepSpeedCPUAdam(groups, **arguments)
