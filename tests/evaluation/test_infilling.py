@@ -1,0 +1,108 @@
+"""Infilling from a run: real text in, real text out, and what it costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from metalm.cli import app
+from metalm.errors import ConfigError, DataError
+from metalm.evaluation.infilling import Infiller, evaluate_infilling, read_holes
+from metalm.inference.infill import InfillConfig
+from metalm.training.config import load_run_config
+from metalm.training.loop import train
+
+COUNT = " ".join(["one two three four five six seven eight nine ten"] * 40)  # any hole in it can be filled with certainty
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("infilling")
+    (folder / "count.txt").write_text(COUNT)
+    overrides = [
+        f"out={folder / 'run'}",
+        f"data.path={folder / 'count.txt'}",
+        "tokenizer.vocab_size=280",
+        "model.decoder={layers: 2, width: 64, heads: 2, positions: rotary, max_positions: 128}",
+        "data.row_length=129",
+        "data.rows=8",
+        "data.workers=0",
+        "data.validation=[]",
+        "training={steps: 120, lr: 3.0e-3, warmup: 10, precision: float32, checkpoint_every: 0, validate_every: 0}",
+    ]
+    train(load_run_config("text/mim.yaml", overrides))
+    return folder / "run"
+
+
+def holes(path: Path) -> Path:
+    words = COUNT.split(" ")
+    rows = []
+    for start, length in ((20, 8), (33, 7), (47, 9)):
+        hole = " ".join(["", *words[start : start + length]])
+        end = start + length
+        before, after = " ".join(words[start - 10 : start]), " ".join(["", *words[end : end + 10]])
+        rows.append({"task_id": f"t/{start}", "prompt": before, "suffix": after, "canonical_solution": hole})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_text_learned_by_heart_is_filled_in_about_half_the_calls(run, tmp_path):
+    infiller = Infiller.load(run, InfillConfig(max_new_tokens=40, ngram=4))
+    result = evaluate_infilling(infiller, str(holes(tmp_path / "holes.jsonl")), "count")
+    assert result.metrics["exact_match"] == result.metrics["met"] == 1
+    assert result.metrics["calls"] < 0.75 * result.metrics["calls_left_to_right"]
+    assert [row.score for row in result.predictions] == [1, 1, 1]
+
+
+def test_infill_and_evaluate_as_verbs(run, tmp_path):
+    from typer.testing import CliRunner
+
+    file, out = holes(tmp_path / "holes.jsonl"), tmp_path / "filled.jsonl"
+    runner = CliRunner()
+    arguments = ["infill", "--model", str(run), "--file", str(file), "--out", str(out), "--max-new-tokens", "40"]
+    assert runner.invoke(app, arguments).exit_code == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["infilling"] for row in rows] == [row["canonical_solution"] for row in rows]
+    assert all(row["ended"] == "met" and 0 < row["calls"] < row["tokens"] for row in rows)
+    one = [
+        "infill",
+        "--model",
+        str(run),
+        "--prefix",
+        rows[0]["prompt"],
+        "--suffix",
+        rows[0]["suffix"],
+        "--max-new-tokens",
+        "40",
+    ]
+    assert rows[0]["canonical_solution"] in runner.invoke(app, one).output
+    scored = ["evaluate", "infilling", "--model", str(run), "--data", str(file), "--out", str(tmp_path / "out.json")]
+    assert runner.invoke(app, [*scored, "--max-new-tokens", "40"]).exit_code == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["task"] == "infilling" and record["num_samples"] == 3 and record["metrics"]["exact_match"] == 1
+
+
+def test_what_cannot_be_filled_is_named(run, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 1: no prompt and suffix"):
+        read_holes(tmp_path / "bad.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match="no row in it"):
+        read_holes(tmp_path / "empty.jsonl")
+    with pytest.raises(ConfigError, match=r"max_new_tokens 64 .* 128 positions"):
+        Infiller.load(run, InfillConfig(max_new_tokens=64))("a", "b")
+
+
+def test_a_model_that_reads_one_way_only_is_refused(tiny_yaml, tmp_path):
+    train(load_run_config(tiny_yaml, [f"out={tmp_path / 'run'}", "training.steps=1", "training.checkpoint_every=0"]))
+    with pytest.raises(ConfigError, match=r"'metalm': infilling needs one that reads both ways, 'mim'"):
+        Infiller.load(tmp_path / "run", InfillConfig())
+
+
+def test_real_holes_are_read(shared):
+    folder = shared / "data/text"
+    assert len(read_holes(folder / "HumanEval-SingleLineInfilling.jsonl.gz")) == 1033
+    row = read_holes(folder / "HumanEval-RandomSpanInfillingLight.jsonl.gz", limit=1)[0]
+    assert {"task_id", "prompt", "suffix", "canonical_solution"} <= set(row)
