@@ -110,6 +110,7 @@ def run_steps(engine, loader: Loader, config: RunConfig, step: int, reporter: Re
                 "loss": mean,
                 "lr": learning_rate(step, training),
                 "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+                "seconds": seconds,
                 "tokens_per_second": all_positions / seconds,
                 "targets_per_second": tokens / seconds,
                 "broken": broken,
