@@ -215,6 +215,11 @@ def vqa(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Do
     yield from interface.documents(turns, sample.key)
 
 
+def classification(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Document]:
+    """The sample's text with the label of each of its questions, as a classifier lays them out."""
+    yield from interface.layout.documents(sample, interface.tokenizer, interface.max_length)
+
+
 def caption_query(interface: Interface, sample: Sample) -> Segments:
     return interface.prompt(sample.image, CAPTION_PROMPT)
 
@@ -225,4 +230,4 @@ def question_query(interface: Interface, sample: Sample, question: Question) -> 
     return interface.query(sample.image, interface.encode(question_prompt(question.question)), context)
 
 
-TASKS = {"image_text": image_text, "text": text, "captioning": captioning, "vqa": vqa}
+TASKS = {"image_text": image_text, "text": text, "captioning": captioning, "vqa": vqa, "classification": classification}

@@ -63,7 +63,7 @@ def sample_to_members(sample: Sample) -> dict:
         members[_image_extension(sample.image)] = sample.image
     record = {name: value for name, value in asdict(sample).items() if name not in ("key", "image") and value}
     if sample.questions:
-        record["questions"] = [{k: v for k, v in asdict(q).items() if v} for q in sample.questions]
+        record["questions"] = [{k: v for k, v in asdict(q).items() if v or k == "question"} for q in sample.questions]
     members["json"] = json.dumps(record, ensure_ascii=False).encode()
     return members
 

@@ -1,4 +1,5 @@
-"""What can be trained, by name: METALM itself, and the text-side pretraining modes whose results plug into it.
+"""What can be trained, by name: METALM itself, the text-side pretraining modes whose results plug into it, and what is read
+off their encoders.
 
 A model is a module with
 
@@ -8,8 +9,8 @@ A model is a module with
     hidden(batch)      what the softmax gets to see, at all positions: a tensor, or several
     num_predictions    of a batch: how often the softmax is asked
     processors         host side of its encoders, by name; empty for the text-side modes
-    layout             its own way of laying out a text (`metalm.objectives.base.TextLayout`), or None where the data's sources
-                       say how
+    layout             its own way of laying out its task (`metalm.objectives.base.TextLayout`), or None where the data's
+                       sources say how
     parts              what the loss of the last batch is made of, for the log: {name: (sum, count)}
 """
 
@@ -26,6 +27,7 @@ MODELS = Registry(
         "mim": "metalm.objectives.mim:MIM",
         "pmlm": "metalm.objectives.pmlm:PMLM",
         "cloze": "metalm.objectives.cloze:Cloze",
+        "classifier": "metalm.objectives.classifier:Classifier",
     },
     default="metalm",
 )

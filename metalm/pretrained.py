@@ -73,19 +73,20 @@ def save_pretrained(weights: Mapping[str, Tensor], config: Any, tokenizer: Token
 
 
 def read_part(name: str | Path, part: str) -> tuple[str, dict]:
-    """Where an export keeps a part of a model, `decoder` or `encoders.NAME`, and that part's plain configuration.
+    """Where an export keeps a part of a model, `decoder`, `encoder` or `encoders.NAME`, and that part's plain configuration.
 
-    A text-side pretraining mode has one `encoder`, which is anybody's.
+    A text-side pretraining mode has one `encoder`, which is anybody's; a model of one encoder takes METALM's `text`.
 
     Raises:
         CheckpointError: the export has no such part.
     """
     model = read_model_config(name)
     kind, _, own = part.partition(".")
-    if kind == "encoders" and "encoder" in model:
+    if kind != "decoder" and "encoder" in model:
         return "encoder", model["encoder"]
-    if kind == "encoders" and own in model.get("encoders", {}):
-        return part, model["encoders"][own]
+    own = own or "text"
+    if kind != "decoder" and own in model.get("encoders", {}):
+        return f"encoders.{own}", model["encoders"][own]
     if kind == "decoder" and "decoder" in model:
         return part, model["decoder"]
     there = ["decoder"] * ("decoder" in model) + ["encoder"] * ("encoder" in model)
@@ -105,7 +106,7 @@ def load_parts(model: nn.Module, config: Any, tokenizer: Tokenizer) -> None:
     Raises:
         CheckpointError: a part is not there, does not fit, or was trained on other tokens.
     """
-    parts = {"decoder": (getattr(model, "decoder", None), getattr(config, "decoder", None))}
+    parts = {name: (getattr(model, name, None), getattr(config, name, None)) for name in ("decoder", "encoder")}
     parts |= {f"encoders.{name}": (model.encoders[name], c) for name, c in getattr(config, "encoders", {}).items()}
     for name, (module, part) in parts.items():
         if getattr(part, "init_from", ""):

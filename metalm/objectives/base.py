@@ -23,7 +23,13 @@ class TextReader(Protocol):
 
 
 class TextLayout(Protocol):
-    """Host side of a text-side pretraining mode; small and picklable, for it travels to every data worker."""
+    """Host side of a text-side pretraining mode; small and picklable, for it travels to every data worker.
+
+    Attributes:
+        task: of the data's sources that it lays out.
+    """
+
+    task: ClassVar[str] = "text"
 
     def room(self, length: int) -> int:
         """The most tokens that one document can have in a row of `length` positions."""

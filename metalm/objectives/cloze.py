@@ -81,6 +81,7 @@ class ClozeLayout:
 
     s_token: int
     max_positions: int
+    task: ClassVar[str] = "text"
 
     def room(self, length: int) -> int:
         return min(length, self.max_positions) - 1

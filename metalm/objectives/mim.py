@@ -52,6 +52,7 @@ class MIMLayout:
     """A text and its reverse, as two branches of a document."""
 
     r2l_token: int
+    task: ClassVar[str] = "text"
 
     def room(self, length: int) -> int:
         return (length - 1) // 2

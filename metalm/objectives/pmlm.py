@@ -207,6 +207,7 @@ class PMLMLayout:
     """Texts to documents and documents to batches: a `metalm.objectives.base.TextLayout`."""
 
     config: PMLMConfig
+    task: ClassVar[str] = "text"
 
     def room(self, length: int) -> int:
         return min(length, self.config.encoder.max_positions)

@@ -108,7 +108,8 @@ def load_run_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
 def parts(model: dict) -> Iterator[tuple[str, dict, str]]:
     """The decoder and the encoders of a plain configuration, each by its name, the mapping that holds it, and its key there."""
     encoders = model.get("encoders") if isinstance(model.get("encoders"), dict) else {}
-    for name, holder, key in (("decoder", model, "decoder"), *((f"encoders.{name}", encoders, name) for name in encoders)):
+    single = (("decoder", model, "decoder"), ("encoder", model, "encoder"))
+    for name, holder, key in (*single, *((f"encoders.{name}", encoders, name) for name in encoders)):
         if isinstance(holder.get(key), dict):
             yield name, holder, key
 

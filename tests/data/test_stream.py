@@ -387,11 +387,16 @@ def test_a_text_needs_an_objective_unless_the_model_is_one(data, interface):
     bare = build(DataConfig, {"train": [{"shards": shards, "task": "text"}]}, "run.yaml")
     with pytest.raises(ConfigError, match=r"the task text needs an objective, one of: causal, prefix, semicausal"):
         loader(interface, bare)
+    with pytest.raises(ConfigError, match="'classification' is for the model 'classifier'; METALM's is 'vqa'"):
+        loader(interface, build(DataConfig, {"train": [{"shards": shards, "task": "classification"}]}, "run.yaml"))
     both_ways = Interface(interface.tokenizer, {}, {}, max_length=64, layout=MIMLayout(r2l_token=7))
     assert next(iter(loader(both_ways, bare))).branch_BT.max() == 2
     for source, message in (
         ({"shards": shards, "task": "text", "objective": {"type": "causal"}}, "an objective is for the model 'metalm'"),
-        ({"shards": shards, "task": "captioning"}, "the task 'captioning' is for the model 'metalm'"),
+        (
+            {"shards": shards, "task": "captioning"},
+            "the task 'captioning' is for the model 'metalm'.* a task of its own, 'text'",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             loader(both_ways, build(DataConfig, {"train": [source]}, "run.yaml"))
