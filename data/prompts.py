@@ -215,8 +215,8 @@ def vqa(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Do
     yield from interface.documents(turns, sample.key)
 
 
-def classification(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Document]:
-    """The sample's text with the label of each of its questions, as a classifier lays them out."""
+def understanding(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Document]:
+    """The sample's text with its labels or tags, as a model with a head for them lays it out."""
     yield from interface.layout.documents(sample, interface.tokenizer, interface.max_length)
 
 
@@ -230,4 +230,11 @@ def question_query(interface: Interface, sample: Sample, question: Question) -> 
     return interface.query(sample.image, interface.encode(question_prompt(question.question)), context)
 
 
-TASKS = {"image_text": image_text, "text": text, "captioning": captioning, "vqa": vqa, "classification": classification}
+TASKS = {
+    "image_text": image_text,
+    "text": text,
+    "captioning": captioning,
+    "vqa": vqa,
+    "classification": understanding,
+    "tagging": understanding,
+}

@@ -5,6 +5,7 @@ In a shard (a tar file) the members that share a name up to the first dot make o
     000042.jpg | .png   the picture, never re-encoded
     000042.json         {"captions": ["a dog runs", …]} and/or {"text": "…"} and/or
                         {"questions": [{"id": "7", "question": "what runs?", "answers": ["dog"], "type": "what"}]}
+                        and/or {"text": "New York", "tags": ["B-place", "I-place"]}
     000042.txt          plain text, in place of the JSON's "text"
 
 A question's answers are either a list (one answer, or the ten of VQAv2) or `soft_answers`, {answer: score in [0, 1]}.
@@ -40,13 +41,17 @@ class Question:
 
 @dataclass
 class Sample:
-    """One record: an encoded image (or none), captions, a text, questions; `key` names it in errors and results."""
+    """One record: an encoded image (or none), captions, a text, questions; `key` names it in errors and results.
+
+    `tags` are those of the text's words, as white space parts them.
+    """
 
     key: str
     image: bytes | None = None
     captions: list[str] = field(default_factory=list)
     text: str = ""
     questions: list[Question] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
 
 
 def sample_to_members(sample: Sample) -> dict:
@@ -90,6 +95,7 @@ def sample_from_members(members: dict) -> Sample:
             captions=_strings(captions),
             text=_string(record.get("text", "")),
             questions=[_question(**q) for q in record.get("questions", [])],
+            tags=_strings(record.get("tags", [])),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"sample {key!r}: unreadable annotation ({type(error).__name__}: {error})") from error

@@ -63,7 +63,7 @@ def train(
 
 @app.command()
 def evaluate(
-    task: Annotated[str, typer.Argument(help="vqa, captioning, classification, or infilling.")],
+    task: Annotated[str, typer.Argument(help="vqa, captioning, classification, tagging, or infilling.")],
     model: Model,
     data: Shards,
     out: Annotated[Path, typer.Option(help="The result, a JSON file.")],
@@ -88,7 +88,7 @@ def evaluate(
     from metalm.inference.generate import GenerationConfig
     from metalm.registry import did_you_mean
 
-    tasks = ["vqa", "captioning", "classification", "infilling"]
+    tasks = ["vqa", "captioning", "classification", "tagging", "infilling"]
     if task not in tasks:
         raise ConfigError(f"no evaluation is called {task!r}{did_you_mean(task, tasks)}")
     if spice and task != "captioning":
@@ -97,6 +97,11 @@ def evaluate(
         from metalm.evaluation.classification import evaluate_classification
 
         report_result(evaluate_classification(model, data, batch_size, limit), out)
+        return
+    if task == "tagging":
+        from metalm.evaluation.tagging import evaluate_tagging
+
+        report_result(evaluate_tagging(model, data, batch_size, limit), out)
         return
     if task == "infilling":
         from metalm.evaluation.infilling import Infiller, evaluate_infilling

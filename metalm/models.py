@@ -28,6 +28,7 @@ MODELS = Registry(
         "pmlm": "metalm.objectives.pmlm:PMLM",
         "cloze": "metalm.objectives.cloze:Cloze",
         "classifier": "metalm.objectives.classifier:Classifier",
+        "tagger": "metalm.objectives.tagger:Tagger",
     },
     default="metalm",
 )

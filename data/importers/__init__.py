@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from metalm.data.importers.coco_captions import coco_captions
+from metalm.data.importers.conll import conll
 from metalm.data.importers.daquar import daquar
 from metalm.data.importers.flickr8k import flickr8k
 from metalm.data.importers.jsonl import jsonl
@@ -37,6 +38,7 @@ IMPORTERS: dict[str, Importer] = {
     "vqav2": Importer(vqav2, "VQAv2: v2_OpenEnded_mscoco_*_questions.json and v2_mscoco_*_annotations.json"),
     "okvqa": Importer(okvqa, "OK-VQA: OpenEnded_mscoco_*_questions.json and mscoco_*_annotations.json"),
     "daquar": Importer(daquar, "DAQUAR: qa.*.txt, questions and answers on alternate lines"),
+    "conll": Importer(conll, "words with tags, a word a line, as CoNLL's and WNUT's files"),
     "labelled": Importer(labelled, "texts, or pairs of texts, with labels: tab-separated with a header, or JSON Lines"),
     "questions": Importer(questions, "questions made by rule from the captions of shards, on texts or on images"),
     "text": Importer(text, "plain text or JSON Lines, .gz of either, or a folder of these"),

@@ -29,7 +29,8 @@ class TrainingConfig:
     `deepspeed` names a bundled DeepSpeed configuration (zero0, zero1, zero2, zero3, zero2-offload, zero3-offload) or a JSON
     file in DeepSpeed's own format; batch sizes, precision and clipping are filled in from here.
     `optimizer` is AdamW, by `betas` and `eps`, or stochastic gradient descent with Nesterov's `momentum`; `min_lr` is the
-    fraction of `lr` that the schedule ends at. Intervals of 0 switch a thing off.
+    fraction of `lr` that the schedule ends at; `part_lr` gives parts, by the beginning of their parameters' names, a multiple
+    of `lr`: {encoder: 0.01}. Intervals of 0 switch a thing off.
     """
 
     steps: int
@@ -39,6 +40,7 @@ class TrainingConfig:
     min_lr: float = 0.0
     optimizer: Literal["adamw", "nesterov"] = "adamw"
     momentum: float = 0.99
+    part_lr: dict[str, float] = field(default_factory=dict)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-6
     weight_decay: float = 0.01

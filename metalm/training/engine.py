@@ -98,13 +98,7 @@ def make_engine(model: nn.Module, config: TrainingConfig, rows: int):
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ConfigError("nothing trains: every part of the model is frozen")
-    decays = [p for name, p in trainable if p.ndim > 1 and "embedding" not in name and "positions" not in name]
-    chosen = set(map(id, decays))
-    groups = [
-        {"params": decays, "weight_decay": config.weight_decay},
-        {"params": [p for _, p in trainable if id(p) not in chosen], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = parameter_groups(trainable, config)
     arguments = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.optimizer == "nesterov":
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True)
@@ -116,6 +110,30 @@ def make_engine(model: nn.Module, config: TrainingConfig, rows: int):
         optimizer = torch.optim.AdamW(groups, **arguments, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     return engine
+
+
+def parameter_groups(named: list[tuple[str, nn.Parameter]], config: TrainingConfig) -> list[dict]:
+    """Parameters by their weight decay and by `scale`, the multiple of the learning rate that `part_lr` gives their part.
+
+    Raises:
+        ConfigError: `part_lr` names a part that has no parameter.
+    """
+    groups: dict[tuple[float, float], dict] = {}
+    met = set()
+    for name, parameter in named:
+        parts = [part for part in config.part_lr if name.startswith(part)]
+        met.update(parts)
+        scale = config.part_lr[max(parts, key=len)] if parts else 1.0
+        decays = parameter.ndim > 1 and "embedding" not in name and "positions" not in name
+        decay = config.weight_decay if decays else 0.0
+        group = groups.setdefault((scale, decays), {"params": [], "weight_decay": decay, "scale": scale})
+        group["params"].append(parameter)
+    if unknown := sorted(set(config.part_lr) - met):
+        tops = sorted({name.split(".")[0] for name, _ in named})
+        raise ConfigError(
+            f"training.part_lr: no parameter that trains begins with {unknown[0]!r}{did_you_mean(unknown[0], tops)}"
+        )
+    return [groups[key] for key in sorted(groups, reverse=True)]
 
 
 class Parts:

@@ -86,7 +86,7 @@ def run_steps(engine, loader: Loader, config: RunConfig, step: int, reporter: Re
         batches = [next(micro_batches) for _ in range(training.accumulation)]
         step += 1
         for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate(step, training)
+            group["lr"] = learning_rate(step, training) * group["scale"]
         share, targets = train_step(engine, batches, parts)
         loss, tokens = loss + share, tokens + targets
         positions += sum(batch.num_positions for batch in batches)

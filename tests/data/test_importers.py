@@ -115,7 +115,18 @@ def test_keys_are_unique_and_name_tar_members():
 
 
 def test_the_register_names_what_is_wrong():
-    assert set(IMPORTERS) == {"flickr8k", "coco-captions", "vqav2", "okvqa", "daquar", "labelled", "questions", "text", "jsonl"}
+    assert set(IMPORTERS) == {
+        "flickr8k",
+        "coco-captions",
+        "vqav2",
+        "okvqa",
+        "daquar",
+        "conll",
+        "labelled",
+        "questions",
+        "text",
+        "jsonl",
+    }
     with pytest.raises(DataError, match=r"no importer 'flickr8' .did you mean 'flickr8k'"):
         import_dataset("flickr8")
     with pytest.raises(DataError, match=r"no option 'image' .did you mean 'images'"):

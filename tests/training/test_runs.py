@@ -19,7 +19,8 @@ from metalm.data.shards import write_shards
 from metalm.errors import CheckpointError, ConfigError, DataError, TrainingError
 from metalm.pretrained import load_pretrained
 from metalm.training.checkpoint import checkpoints
-from metalm.training.config import load_run_config
+from metalm.training.config import TrainingConfig, load_run_config
+from metalm.training.engine import parameter_groups
 from metalm.training.loop import train
 
 
@@ -239,3 +240,23 @@ def test_a_partly_frozen_tower_of_timm_trains_in_bfloat16(tiny_yaml, tmp_path):
     model, _ = load_pretrained(out)
     assert not any(p.requires_grad for p in model.encoders["image"].model.blocks[0].parameters())
     assert all(p.requires_grad for p in model.encoders["image"].model.blocks[1].parameters())
+
+
+def test_parts_have_their_own_rate_and_vectors_do_not_decay():
+    from torch import nn
+
+    model = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "head": nn.Linear(2, 3)})
+    config = TrainingConfig(steps=1, weight_decay=0.3, part_lr={"encoder": 0.1, "encoder.1": 0.5})
+    groups = parameter_groups(list(model.named_parameters()), config)
+    found = {id(p): (group["scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    expected = {
+        "encoder.0.weight": (0.1, 0.3),
+        "encoder.0.bias": (0.1, 0.0),
+        "encoder.1.weight": (0.5, 0.0),
+        "encoder.1.bias": (0.5, 0.0),
+        "head.weight": (1.0, 0.3),
+        "head.bias": (1.0, 0.0),
+    }
+    assert {name: found[id(p)] for name, p in model.named_parameters()} == expected
+    with pytest.raises(ConfigError, match=r"part_lr: no parameter that trains begins with 'encodr'; did you mean 'encoder'"):
+        parameter_groups(list(model.named_parameters()), TrainingConfig(steps=1, part_lr={"encodr": 0.1}))

@@ -1,0 +1,200 @@
+"""A tag for every word, named entities for example: encoder -> projection -> biLSTM -> conditional random field.
+
+    <s>  New  York  is  big  </d>  <s>       a word is read off the state of its first token; the last <s> with a two_tower
+         B    I     O   O
+
+    log p(tags | text) = score(tags) - logsumexp over all tag sequences,  score = sum of emissions and transitions
+
+Source: Baevski et al. 2019 (arXiv 1903.07785), section 5.2.2. The random field is `pytorch-crf`'s.
+
+Shapes: B rows, T positions, N texts, W words of the longest, D width, C tags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from metalm.config import plugin
+from metalm.data.sample import Sample
+from metalm.data.tokenizer import Tokenizer
+from metalm.encoders import ENCODERS
+from metalm.errors import ConfigError, DataError
+from metalm.nn.freezing import set_trainable
+from metalm.nn.transformer import init_weights
+from metalm.registry import did_you_mean
+from metalm.segments import Batch, Document, Text, make_batch
+
+
+@dataclass(kw_only=True)
+class TaggerConfig:
+    """An encoder of text, the tags, and the widths of the projection and of each direction of the LSTM.
+
+    `s_token` is filled in from the tokenizer.
+    """
+
+    type: str = "tagger"
+    encoder: Any = plugin(ENCODERS)
+    tags: list[str]
+    projection: int = 256
+    lstm: int = 256
+    dropout: float = 0.1
+    s_token: int = -1
+    special_tokens: ClassVar[tuple[str, ...]] = ("<s>",)
+
+    def __post_init__(self):
+        if len(self.tags) < 2 or len(set(self.tags)) < len(self.tags):
+            raise ConfigError(f"tags {self.tags} must be two or more, all different")
+        if self.encoder.type not in ("text", "two_tower"):
+            raise ConfigError(f"encoder.type is {self.encoder.type!r}, a tagger of texts reads by 'text' or 'two_tower'")
+        if self.encoder.connector is not None:
+            raise ConfigError("encoder.connector is for a decoder, which a tagger does not have")
+
+    def check_row_length(self, length: int) -> None:
+        """Any row has room for some words."""
+
+    def set_vocab_size(self, vocab_size: int) -> None:
+        """Fills in the tokenizer's size where the vocabulary is left at 0."""
+        self.encoder.vocab_size = self.encoder.vocab_size or vocab_size
+
+
+@dataclass(frozen=True)
+class TaggedDocument(Document):
+    """A text, the position of each of its words, and the numbers of their tags."""
+
+    words: tuple[int, ...] = ()
+    tags: tuple[int, ...] = ()
+
+
+@dataclass(kw_only=True)
+class TaggedBatch(Batch):
+    """`words_NW`: flat places in [B * T] of the words of each text, `mask_NW` says which there are, `tags_NW` their tags."""
+
+    words_NW: Tensor
+    mask_NW: Tensor
+    tags_NW: Tensor
+
+
+@dataclass
+class TaggerLayout:
+    """Texts, word by word, with their tags."""
+
+    tags: list[str]
+    s_token: int
+    max_positions: int
+    both_ends: bool
+    task: ClassVar[str] = "tagging"
+
+    def documents(self, sample: Sample, tokenizer: Tokenizer, length: int) -> Iterator[Document]:
+        """The sample's words with their tags; of a text too long for a row the words that fit.
+
+        Raises:
+            DataError: there are no tags, not as many as words, or one that the model does not know.
+        """
+        words = sample.text.split()
+        if not words or len(words) != len(sample.tags):
+            raise DataError(
+                f"sample {sample.key!r}: tagging needs a tag for every word, found {len(sample.tags)} for {len(words)} words "
+                "(see metalm data import conll)"
+            )
+        for tag in sample.tags:
+            if tag not in self.tags:
+                raise DataError(f"sample {sample.key!r}: its tag {tag!r} is none of model.tags{did_you_mean(tag, self.tags)}")
+        room = min(length, self.max_positions) - 1 - self.both_ends
+        tokens, places = [self.s_token], []
+        for word in words:
+            pieces = tokenizer.encode(" " + word)
+            if len(tokens) + len(pieces) > room:
+                break
+            places.append(len(tokens))
+            tokens += pieces
+        if not places:
+            raise DataError(f"sample {sample.key!r}: its first word, {words[0][:40]!r}, does not fit {room} tokens")
+        tokens += [tokenizer.document_end] + [self.s_token] * self.both_ends
+        numbers = tuple(self.tags.index(tag) for tag in sample.tags[: len(places)])
+        yield TaggedDocument([Text(tokens, target=False)], sample.key, (), tuple(places), numbers)
+
+    def collate(self, rows: list[list[TaggedDocument]], length: int) -> TaggedBatch:
+        batch = make_batch(rows, {}, length)
+        documents = [document for row in rows for document in row]
+        shape = len(documents), max((len(document.words) for document in documents), default=0)
+        words_NW, tags_NW = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        mask_NW = torch.zeros(shape, dtype=torch.bool)
+        n = 0
+        for b, row in enumerate(rows):
+            start = b * batch.tokens_BT.shape[1]
+            for document in row:
+                count = len(document.words)
+                words_NW[n, :count] = start + torch.tensor(document.words, dtype=torch.long)
+                tags_NW[n, :count] = torch.tensor(document.tags, dtype=torch.long)
+                mask_NW[n, :count] = True
+                start, n = start + len(document), n + 1
+        batch = replace(batch, places_L=words_NW[mask_NW], targets_L=tags_NW[mask_NW])
+        return TaggedBatch(**vars(batch), words_NW=words_NW, mask_NW=mask_NW, tags_NW=tags_NW)
+
+
+class Tagger(nn.Module):
+    """An encoder with a biLSTM and a conditional random field on the states of words."""
+
+    Config = TaggerConfig
+
+    def __init__(self, config: TaggerConfig):
+        super().__init__()
+        try:
+            from torchcrf import CRF
+        except ImportError as error:
+            raise ConfigError("the model 'tagger' needs pytorch-crf: pip install 'metalm[tagging]'") from error
+        self.config = config
+        self.encoder = ENCODERS[config.encoder.type](config.encoder)
+        set_trainable(self.encoder, self.encoder.layers(), config.encoder.trainable, "encoder")
+        self.dropout = nn.Dropout(config.dropout)
+        self.projection = nn.Linear(self.encoder.width, config.projection)
+        self.lstm = nn.LSTM(config.projection, config.lstm, batch_first=True, bidirectional=True)
+        self.emission = nn.Linear(2 * config.lstm, len(config.tags))
+        for layer in (self.projection, self.emission):
+            init_weights(layer)
+        self.crf = CRF(len(config.tags), batch_first=True)
+        both_ends = config.encoder.type == "two_tower"
+        self.layout = TaggerLayout(config.tags, config.s_token, config.encoder.max_positions, both_ends)
+        self.processors: dict = {}
+        self.parts: dict[str, tuple[Tensor, int]] = {}
+
+    def hidden(self, batch: Batch) -> Tensor:
+        return self.encoder(batch.tokens_BT, batch.document_BT, batch.position_BT)
+
+    def num_predictions(self, batch: Batch) -> int:
+        """Of the vocabulary: none."""
+        return 0
+
+    def emissions(self, batch: TaggedBatch) -> Tensor:
+        """Scores of each word's tags, [N, W, C], float32 or better."""
+        words_NWD = self.hidden(batch).flatten(0, 1)[batch.words_NW]
+        projected = self.projection(self.dropout(words_NWD))
+        counts_N = batch.mask_NW.sum(1).cpu()
+        packed = pack_padded_sequence(projected, counts_N, batch_first=True, enforce_sorted=False)
+        states, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=batch.words_NW.shape[1])
+        scores = self.emission(self.dropout(states))
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+    def forward(self, batch: TaggedBatch) -> Tensor:
+        """Negative log-likelihood of the tag sequences, in nats, summed over the texts (and so over their words)."""
+        return -self.crf(self.emissions(batch), batch.tags_NW, mask=batch.mask_NW, reduction="sum")
+
+
+@torch.inference_mode()
+def tag(model: Tagger, documents: list[TaggedDocument], batch_size: int = 64) -> list[list[str]]:
+    """The likeliest tags of each document's words."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(documents)), key=lambda n: len(documents[n]))
+    tags: list[list[str]] = [[] for _ in documents]
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        batch = model.layout.collate([[documents[n]] for n in numbers], 0).to(device)
+        for n, found in zip(numbers, model.crf.decode(model.emissions(batch), mask=batch.mask_NW)):
+            tags[n] = [model.config.tags[number] for number in found]
+    return tags
