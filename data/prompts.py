@@ -153,7 +153,9 @@ class Interface:
             yield Document(trunk, key, [branches[n] for n in sorted(row)])
 
 
-def image_text(interface: Interface, sample: Sample, rng: random.Random, captions: int = 1) -> Iterator[Document]:
+def image_text(
+    interface: Interface, sample: Sample, rng: random.Random, captions: int = 1, prefix: float = 1.0
+) -> Iterator[Document]:
     """The pretraining pair: a random-length prefix of the caption is read with the image, the decoder predicts the rest.
 
     A fused encoder reads image and prefix together, a text encoder reads the prefix alone; a model without either predicts
@@ -161,6 +163,7 @@ def image_text(interface: Interface, sample: Sample, rng: random.Random, caption
 
     Args:
         captions: so many of the sample's captions, each on its own.
+        prefix: how often there is a prefix; without one the whole caption is predicted from the image alone.
     """
     if not (sample.image or sample.text) or not sample.captions:
         raise DataError(f"sample {sample.key!r}: the task image_text needs captions of an image (or of a text)")
@@ -169,7 +172,8 @@ def image_text(interface: Interface, sample: Sample, rng: random.Random, caption
     turns = []
     for caption in rng.sample(sample.captions, min(captions, len(sample.captions))):
         tokens = interface.turn(caption, room)
-        p = rng.randint(0, min(len(tokens) - 1, interface.text_room)) if interface.text else 0
+        reads_prefix = interface.text and (prefix == 1 or rng.random() < prefix)
+        p = rng.randint(0, min(len(tokens) - 1, interface.text_room)) if reads_prefix else 0
         prompt = interface.query(sample.image, tokens[:p], context)
         turns.append([*prompt, Text(tokens[p:][: interface.room(prompt, least=1)])])
     yield from interface.documents(turns, sample.key)

@@ -35,13 +35,16 @@ class SourceConfig:
     """One part of the mixture: shards, the task that lays them out, and how often it is drawn.
 
     `objective` is for the task `text` alone, which cannot do without unless the model itself is a way of learning texts;
-    `captions` of an image are learned at each visit, by the tasks `image_text` and `captioning`.
+    `captions` of an image are learned at each visit, by the tasks `image_text` and `captioning`; `prefix` is how often the task
+    `image_text` gives a caption's beginning to the encoder, as the paper always does: what is said first, the subject, is
+    otherwise seldom predicted from the image alone.
     """
 
     shards: str | list[str]
     task: str
     weight: float = 1.0
     captions: int = 1
+    prefix: float = 1.0
     objective: object = plugin(OBJECTIVES, default=None)
 
     def __post_init__(self):
@@ -53,6 +56,8 @@ class SourceConfig:
             raise ConfigError(f"weight {self.weight} must be positive")
         if self.captions < 1 or (self.captions > 1 and self.task not in ("image_text", "captioning")):
             raise ConfigError(f"captions {self.captions} must be at least 1, and 1 for tasks but image_text and captioning")
+        if not 0 <= self.prefix <= 1 or (self.prefix < 1 and self.task != "image_text"):
+            raise ConfigError(f"prefix {self.prefix} is a share of the captions of the task image_text, from 0 to 1")
         if self.task != "text" and self.objective is not None:
             raise ConfigError(f"the task {self.task!r} takes no objective")
 
@@ -273,6 +278,8 @@ class PackedStream(IterableDataset):
         arguments = {"objective": self.objectives[i]} if self.objectives[i] else {}
         if self.sources[i].captions > 1:
             arguments["captions"] = self.sources[i].captions
+        if self.sources[i].prefix < 1:
+            arguments["prefix"] = self.sources[i].prefix
         documents = list(TASKS[self.sources[i].task](self.interface, sample, rng, **arguments))
         for document in documents:
             if len(document) > self.config.row_length:

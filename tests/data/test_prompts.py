@@ -353,6 +353,18 @@ def test_every_caption_has_a_prefix_in_an_encoder_of_text(tokenizer):
         assert len(prefixes) > 3 and 0 in prefixes
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_share_of_captions_has_a_prefix(tokenizer, share):
+    """Without one the whole caption is predicted from the image: 1 in 5 of the prefixes drawn is empty anyway."""
+    sample = Sample("one", IMAGE, captions=["a dog runs"])
+    model = interface(tokenizer, "image", "text")
+    documents = [document for seed in range(300) for document in image_text(model, sample, random.Random(seed), prefix=share)]
+    read = [sum(segment.encoder == "text" for segment in d.segments if isinstance(segment, Span)) for d in documents]
+    length = len(model.turn("a dog runs", 100))
+    assert sum(read) / len(read) == pytest.approx(share * (length - 1) / length, abs=0.08)
+    assert all(sum(t != IGNORE for t in inputs_and_targets(d)[1]) == length for d, r in zip(documents, read) if not r)
+
+
 def test_captions_of_a_text_are_laid_out_as_those_of_an_image(tokenizer):
     sample = Sample("told", text="there is a red circle.", captions=["the circle is red"])
     (document,) = image_text(interface(tokenizer, "image", "text"), sample, random.Random(1))

@@ -364,6 +364,7 @@ def test_a_stream_of_real_captions_is_packed(shared, tmp_path, interface):
         ),
         ({"shards": "x", "task": "vqa", "objective": {"type": "causal"}}, "the task 'vqa' takes no objective"),
         ({"shards": "x", "task": "vqa", "weight": 0}, "weight 0.0 must be positive"),
+        ({"shards": "x", "task": "vqa", "prefix": 0.5}, "prefix 0.5 is a share of the captions of the task image_text"),
         (
             {"shards": "x", "task": "text", "objective": {"type": "casual"}},
             "no objective is called 'casual'; did you mean 'causal'",

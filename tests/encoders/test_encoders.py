@@ -24,6 +24,15 @@ CONFIGS = {
     "two_tower": {"type": "two_tower", **SIZE},
     "fused": {"type": "fused", **SIZE, "image_size": 16, "patch_size": 8},
     "vit": {"type": "vit", "layers": 3, "width": 16, "heads": 2, "image_size": 16, "patch_size": 8},
+    "vit, convolutions": {
+        "type": "vit",
+        "layers": 3,
+        "width": 16,
+        "heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+        "stem": "convolutions",
+    },
     "fused, experts": {"type": "fused", **SIZE, "image_size": 16, "patch_size": 8, "experts": True, "fusion_layers": 1},
     "timm ViT": VIT,
     "timm BEiT": {
@@ -257,6 +266,7 @@ def test_open_clip_checkpoints_load(tmp_path):
         ({"type": "fused", "layers": 1, "width": 8, "heads": 1}, "vocab_size is not set"),
         ({**CONFIGS["fused"], "patch_size": 5}, "image_size 16 is no multiple of patch_size 5"),
         ({**CONFIGS["vit"], "patch_size": 0}, "image_size 16 is no multiple of patch_size 0"),
+        ({**CONFIGS["vit, convolutions"], "image_size": 12, "patch_size": 6}, "patch_size 6 must be a power of 2"),
         ({**CONFIGS["vit"], "image_size": 0}, "image_size 0 is no multiple of patch_size 8"),
         ({**CONFIGS["vit"], "relative_bias": True}, "relative_bias is not for patches"),
         ({**CONFIGS["fused"], "relative_bias": True}, "relative_bias is not for the fused encoder"),
