@@ -219,9 +219,9 @@ def vqa(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Do
     yield from interface.documents(turns, sample.key)
 
 
-def understanding(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Document]:
-    """The sample's text with its labels or tags, as a model with a head for them lays it out."""
-    yield from interface.layout.documents(sample, interface.tokenizer, interface.max_length)
+def own_task(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Document]:
+    """The sample as a model with a task of its own lays it out: with its labels, its tags, or what its text becomes."""
+    yield from interface.layout.documents(sample, interface.tokenizer, interface.max_length, rng)
 
 
 def caption_query(interface: Interface, sample: Sample) -> Segments:
@@ -239,6 +239,7 @@ TASKS = {
     "text": text,
     "captioning": captioning,
     "vqa": vqa,
-    "classification": understanding,
-    "tagging": understanding,
+    "classification": own_task,
+    "tagging": own_task,
+    "seq2seq": own_task,
 }

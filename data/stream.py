@@ -101,8 +101,8 @@ def check_fits(source: SourceConfig, interface: Interface) -> None:
     if own and (source.task != own or source.objective):
         what = "an objective" if source.task == own else f"the task {source.task!r}"
         raise ConfigError(f"{source.shards}: {what} is for the model 'metalm'; this model has a task of its own, {own!r}")
-    if source.task in ("classification", "tagging") and not own:
-        raise ConfigError(f"{source.shards}: the task {source.task!r} is for a model with a head for it; METALM's is 'vqa'")
+    if source.task in ("classification", "tagging", "seq2seq") and not own:
+        raise ConfigError(f"{source.shards}: the task {source.task!r} is for a model of its own, see metalm.models")
     if source.task == "text" and not interface.layout and not source.objective:
         raise ConfigError(f"{source.shards}: the task text needs an objective, one of: {', '.join(OBJECTIVES.names())}")
 

@@ -184,12 +184,18 @@ def generate(
     from metalm.errors import ConfigError, DataError
     from metalm.evaluation.predictor import Predictor
     from metalm.inference.generate import GenerationConfig
+    from metalm.pretrained import read_model_config
     from metalm.segments import Document
 
     if not prompt and image is None:
         raise ConfigError("give --prompt, --image, or both")
     if image is not None and not image.is_file():
         raise DataError(f"no picture at {image}")
+    if read_model_config(model).get("type") == "seq2seq":
+        from metalm.objectives.seq2seq import write_text
+
+        print(write_text(model, prompt, max_new_tokens))
+        return
     settings = GenerationConfig(max_new_tokens, beams, temperature, top_p, length_penalty, seed)
     predictor = Predictor.load(model, settings, dtype=dtype)
     document = Document(predictor.interface.prompt(image and image.read_bytes(), prompt), str(image or "prompt"))

@@ -29,6 +29,7 @@ MODELS = Registry(
         "cloze": "metalm.objectives.cloze:Cloze",
         "classifier": "metalm.objectives.classifier:Classifier",
         "tagger": "metalm.objectives.tagger:Tagger",
+        "seq2seq": "metalm.objectives.seq2seq:Seq2Seq",
     },
     default="metalm",
 )

@@ -18,6 +18,7 @@ Shapes: B rows, T positions, N texts, P pooled states, D width, C labels.
 from __future__ import annotations
 
 import difflib
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -97,7 +98,9 @@ class ClassifierLayout:
     max_positions: int
     task: ClassVar[str] = "classification"
 
-    def documents(self, sample: Sample, tokenizer: Tokenizer, length: int) -> Iterator[Document]:
+    def documents(
+        self, sample: Sample, tokenizer: Tokenizer, length: int, rng: random.Random | None = None
+    ) -> Iterator[Document]:
         """A document for each hypothesis on the sample's text; texts too long for a row lose the end of the longer one.
 
         Raises:

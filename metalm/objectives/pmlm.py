@@ -153,14 +153,15 @@ class PMLMBatch(Batch):
 
     Attributes:
         original_BK: int64, the masked token.
-        place_BK: int64, its column in the row.
+        position_BK, document_BK: int64, its position in its document, and that document's number in the row; 0 is padding.
         step_BK: int64, the number of its block in its document from 1 on; 0 is padding.
         slots_L: int64, flat places in [B * K] of the targets, in their order.
         replacement_L: int64, what stands in the base at the targets' places, by its number in `REPLACEMENTS`.
     """
 
     original_BK: Tensor
-    place_BK: Tensor
+    position_BK: Tensor
+    document_BK: Tensor
     step_BK: Tensor
     slots_L: Tensor
     replacement_L: Tensor
@@ -171,8 +172,9 @@ def make_pmlm_batch(rows: list[list[PMLMDocument]], length: int) -> PMLMBatch:
     masked = max(sum(len(document.places) for document in row) for row in rows)
     B, K = len(rows), SLOTS * max(1, math.ceil(masked / SLOTS))
     tokens, documents, branches, positions = (np.zeros((B, length), dtype=np.int64) for _ in range(4))
-    originals, places, steps = (np.zeros((B, K), dtype=np.int64) for _ in range(3))
+    originals, slot_positions, slot_documents, steps = (np.zeros((B, K), dtype=np.int64) for _ in range(4))
     slots: list[int] = []
+    places: list[int] = []
     for b, row in enumerate(rows):
         start = slot = 0
         for d, document in enumerate(row, start=1):
@@ -183,19 +185,21 @@ def make_pmlm_batch(rows: list[list[PMLMDocument]], length: int) -> PMLMBatch:
             documents[b, start:end] = d
             positions[b, start:end] = range(len(document))
             originals[b, slot:last] = document.originals
-            places[b, slot:last] = [start + place for place in document.places]
+            slot_positions[b, slot:last] = document.places
+            slot_documents[b, slot:last] = d
             steps[b, slot:last] = document.steps
             slots += range(b * K + slot, b * K + last)
+            places += [b * length + start + place for place in document.places]
             start, slot = end, last
-    flat_places = places + np.arange(B)[:, None] * length
     replacements = [replacement for row in rows for document in row for replacement in document.replacements]
     return PMLMBatch(
         *map(torch.from_numpy, (tokens, documents, branches, positions)),
-        places_L=torch.from_numpy(flat_places.reshape(-1)[slots]),
+        places_L=torch.tensor(places, dtype=torch.long),
         targets_L=torch.from_numpy(originals.reshape(-1)[slots]),
         keys=[document.key for row in rows for document in row],
         original_BK=torch.from_numpy(originals),
-        place_BK=torch.from_numpy(places),
+        position_BK=torch.from_numpy(slot_positions),
+        document_BK=torch.from_numpy(slot_documents),
         step_BK=torch.from_numpy(steps),
         slots_L=torch.tensor(slots, dtype=torch.long),
         replacement_L=torch.tensor(replacements, dtype=torch.long),
@@ -246,11 +250,9 @@ class PMLM(nn.Module):
     def columns(self, batch: PMLMBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Input vectors [B, N, D], positions and documents [B, N] of the base, the originals and the pseudo masks."""
         pseudo_BK = torch.full_like(batch.original_BK, self.config.pseudo_token)
-        document_BK = batch.document_BT.gather(1, batch.place_BK) * (batch.step_BK > 0)
-        position_BK = batch.position_BT.gather(1, batch.place_BK)
         x_BND = self.encoder.embedding(torch.cat([batch.tokens_BT, batch.original_BK, pseudo_BK], dim=1))
-        position_BN = torch.cat([batch.position_BT, position_BK, position_BK], dim=1)
-        return x_BND, position_BN, torch.cat([batch.document_BT, document_BK, document_BK], dim=1)
+        position_BN = torch.cat([batch.position_BT, batch.position_BK, batch.position_BK], dim=1)
+        return x_BND, position_BN, torch.cat([batch.document_BT, batch.document_BK, batch.document_BK], dim=1)
 
     def hidden(self, batch: PMLMBatch) -> tuple[Tensor, Tensor | None]:
         """States [B, T, D] of the base, and [B, K, D] of the pseudo masks where there is PAR."""

@@ -12,6 +12,7 @@ Shapes: B rows, T positions, N texts, W words of the longest, D width, C tags.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -90,7 +91,9 @@ class TaggerLayout:
     both_ends: bool
     task: ClassVar[str] = "tagging"
 
-    def documents(self, sample: Sample, tokenizer: Tokenizer, length: int) -> Iterator[Document]:
+    def documents(
+        self, sample: Sample, tokenizer: Tokenizer, length: int, rng: random.Random | None = None
+    ) -> Iterator[Document]:
         """The sample's words with their tags; of a text too long for a row the words that fit.
 
         Raises:

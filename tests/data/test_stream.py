@@ -388,7 +388,7 @@ def test_a_text_needs_an_objective_unless_the_model_is_one(data, interface):
     bare = build(DataConfig, {"train": [{"shards": shards, "task": "text"}]}, "run.yaml")
     with pytest.raises(ConfigError, match=r"the task text needs an objective, one of: causal, prefix, semicausal"):
         loader(interface, bare)
-    with pytest.raises(ConfigError, match="'classification' is for a model with a head for it"):
+    with pytest.raises(ConfigError, match="'classification' is for a model of its own"):
         loader(interface, build(DataConfig, {"train": [{"shards": shards, "task": "classification"}]}, "run.yaml"))
     both_ways = Interface(interface.tokenizer, {}, {}, max_length=64, layout=MIMLayout(r2l_token=7))
     assert next(iter(loader(both_ways, bare))).branch_BT.max() == 2

@@ -246,7 +246,8 @@ def test_the_batch_of_two_documents():
     assert batch.slots_L.tolist() == [0, 1, 2, 16]
     assert batch.replacement_L.tolist() == [0, 0, 2, 0]
     assert batch.original_BK.tolist() == [[7, 4, 6] + [0] * 13, [7] + [0] * 15]
-    assert batch.place_BK.tolist() == [[1, 7, 6] + [0] * 13, [1] + [0] * 15]
+    assert batch.position_BK.tolist() == [[1, 3, 2] + [0] * 13, [1] + [0] * 15]
+    assert batch.document_BK.tolist() == [[1, 2, 2] + [0] * 13, [1] + [0] * 15]
     assert batch.step_BK.tolist() == [[1, 1, 2] + [0] * 13, [1] + [0] * 15]
     assert batch.keys == ["first", "second", "first"]
     assert (batch.num_targets, batch.num_positions) == (4, 13)
@@ -267,7 +268,7 @@ def test_a_batch_travels():
     batch = pickle.loads(pickle.dumps(make_pmlm_batch([[document]], 20))).to("meta")
     assert isinstance(batch, PMLMBatch)
     tensors = [value for field in fields(batch) if isinstance(value := getattr(batch, field.name), Tensor)]
-    assert len(tensors) == 11
+    assert len(tensors) == 12
     assert all(tensor.is_meta for tensor in tensors)
 
 
@@ -325,7 +326,7 @@ def test_padding_slots_do_nothing(plain):
     changed = replace(
         batch,
         original_BK=torch.where(batch.step_BK == 0, 33, batch.original_BK),
-        place_BK=torch.where(batch.step_BK == 0, 5, batch.place_BK),
+        position_BK=torch.where(batch.step_BK == 0, 5, batch.position_BK),
     )
     states, others = plain.hidden(batch), plain.hidden(changed)
     assert all(x.isfinite().all() for x in (*states, *others))
@@ -342,7 +343,8 @@ def test_the_order_of_the_slots_changes_nothing(model):
     permuted = replace(
         batch,
         original_BK=batch.original_BK[:, order],
-        place_BK=batch.place_BK[:, order],
+        position_BK=batch.position_BK[:, order],
+        document_BK=batch.document_BK[:, order],
         step_BK=batch.step_BK[:, order],
         slots_L=order.argsort()[batch.slots_L],
     )

@@ -1,0 +1,216 @@
+"""Sequence to sequence by a pseudo-masked encoder: the target's tokens are blocks of one, predicted from left to right.
+
+    base        <s> name [ Alimentum ] </s>     the source, read in both directions
+    originals   There  is   a   place  </s>     T_i sees the source and T_<=i
+    pseudo      P      P    P   P      P        P_i sees the source, T_<i and itself, and predicts T_i
+
+That is the layout of `metalm.nn.pseudo_masked` with a step for each token of the target. Decoding reads [last token, P] at a
+time and keeps the last token alone in its cache, so its predictions are those of training. The loss has its labels smoothed.
+Source: UniLMv2 (arXiv 2002.12804), sections 3.3 and 4.
+
+Shapes: B rows, K slots of a row, L target tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metalm.data.sample import Sample
+from metalm.data.tokenizer import Tokenizer
+from metalm.encoders.text import TextEncoder, TextEncoderConfig
+from metalm.errors import ConfigError, DataError
+from metalm.nn.attention import KVCache, Mask, attend
+from metalm.nn.freezing import set_trainable
+from metalm.nn.pseudo_masked import one_pass
+from metalm.nn.transformer import Section
+from metalm.objectives.pmlm import PMLMBatch, PMLMDocument, make_pmlm_batch
+
+
+@dataclass(kw_only=True)
+class Seq2SeqConfig:
+    """An encoder, of pseudo-masked pretraining best (`encoder.init_from`); `label_smoothing` is spread over the vocabulary.
+
+    `s_token` and `pseudo_token` are filled in from the tokenizer.
+    """
+
+    type: str = "seq2seq"
+    encoder: TextEncoderConfig
+    label_smoothing: float = 0.1
+    s_token: int = -1
+    pseudo_token: int = -1
+    special_tokens: ClassVar[tuple[str, ...]] = ("<s>", "<pseudo>")
+
+    def __post_init__(self):
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"label_smoothing {self.label_smoothing} is not in [0, 1)")
+        if self.encoder.type != "text":
+            raise ConfigError(f"encoder.type is {self.encoder.type!r}, sequence to sequence takes 'text'")
+
+    def check_row_length(self, length: int) -> None:
+        """Raises `ConfigError` where rows are too short for a source token between its ends."""
+        if length < 3:
+            raise ConfigError(f"data.row_length {length} has no room for a source, it must be at least 3")
+
+    def set_vocab_size(self, size: int) -> None:
+        """Fills in the tokenizer's size where the vocabulary is left at 0."""
+        self.encoder.vocab_size = self.encoder.vocab_size or size
+        if self.encoder.vocab_size < size:
+            raise ConfigError(f"encoder.vocab_size is {self.encoder.vocab_size}, but the tokenizer has {size} tokens")
+
+
+@dataclass
+class Seq2SeqLayout:
+    """A sample's text as the source, one of its captions as the target."""
+
+    s_token: int
+    max_positions: int
+    task: ClassVar[str] = "seq2seq"
+
+    def documents(self, sample: Sample, tokenizer: Tokenizer, length: int, rng: random.Random) -> Iterator[PMLMDocument]:
+        """The source with a target drawn by chance; the source gives way where both do not fit the encoder's positions.
+
+        Raises:
+            DataError: there is no source or no target.
+        """
+        if not sample.text or not sample.captions:
+            raise DataError(f"sample {sample.key!r}: the task seq2seq needs a text and what it shall become, as its captions")
+        target = [*tokenizer.encode(rng.choice(sample.captions)), tokenizer.end][: self.max_positions // 2]
+        source = self.source(sample.text, tokenizer, min(length, self.max_positions - len(target)))
+        places = list(range(len(source), len(source) + len(target)))
+        steps = list(range(1, len(target) + 1))
+        yield PMLMDocument(source, places, target, steps, [0] * len(target), sample.key)
+
+    def source(self, text: str, tokenizer: Tokenizer, room: int) -> list[int]:
+        return [self.s_token, *tokenizer.encode(text)[: room - 2], tokenizer.end]
+
+    def collate(self, rows: list[list[PMLMDocument]], length: int) -> PMLMBatch:
+        """`places_L` are those of the slots: the base predicts nothing."""
+        batch = make_pmlm_batch(rows, length)
+        return replace(batch, places_L=batch.slots_L)
+
+
+class Seq2Seq(nn.Module):
+    """A text encoder that writes what its source becomes."""
+
+    Config = Seq2SeqConfig
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = TextEncoder(config.encoder)
+        set_trainable(self.encoder, self.encoder.layers(), config.encoder.trainable, "encoder")
+        self.layout = Seq2SeqLayout(config.s_token, config.encoder.max_positions)
+        self.processors: dict = {}
+        self.parts: dict[str, tuple[Tensor, int]] = {}
+
+    def hidden(self, batch: PMLMBatch) -> Tensor:
+        """States [B, K, D] of the pseudo masks."""
+        pseudo_BK = torch.full_like(batch.original_BK, self.config.pseudo_token)
+        x_BND = self.encoder.embedding(torch.cat([batch.tokens_BT, batch.original_BK, pseudo_BK], dim=1))
+        position_BN = torch.cat([batch.position_BT, batch.position_BK, batch.position_BK], dim=1)
+        document_BN = torch.cat([batch.document_BT, batch.document_BK, batch.document_BK], dim=1)
+        x_BND = one_pass(self.encoder.transformer, x_BND, position_BN, document_BN, batch.step_BK)
+        return x_BND[:, -batch.step_BK.shape[1] :]
+
+    def num_predictions(self, batch: PMLMBatch) -> int:
+        return batch.num_targets
+
+    def logits(self, batch: PMLMBatch) -> Tensor:
+        """[L, V], of the target's tokens in their order."""
+        return F.linear(self.hidden(batch).flatten(0, 1)[batch.slots_L], self.encoder.embedding.weight)
+
+    def forward(self, batch: PMLMBatch) -> Tensor:
+        """Cross-entropy with smoothed labels, summed over the targets' tokens, in nats; `parts` have it unsmoothed."""
+        logits_LV = self.logits(batch).float()
+        self.parts = {"nats": (F.cross_entropy(logits_LV.detach(), batch.targets_L, reduction="sum"), batch.num_targets)}
+        return F.cross_entropy(logits_LV, batch.targets_L, reduction="sum", label_smoothing=self.config.label_smoothing)
+
+
+class Writing:
+    """Sources with a cache of what they and the tokens written so far became; `step` gives the next token's logits.
+
+    Sources lie at the right end of their rows, so that all go on at the same column; the padding before them is never seen.
+    """
+
+    def __init__(self, model: Seq2Seq, sources: Sequence[Sequence[int]], max_new_tokens: int):
+        self.model, stack = model, model.encoder.transformer
+        device = model.encoder.embedding.weight.device
+        T = max(map(len, sources))
+        self.cache = KVCache(len(stack.blocks), T + max_new_tokens + 2)
+        tokens_BT = torch.tensor([[0] * (T - len(source)) + list(source) for source in sources], device=device)
+        length_B = torch.tensor([len(source) for source in sources], device=device)
+        column = torch.arange(self.cache.capacity, device=device)
+        self.position_BC = (column - (T - length_B[:, None])).clamp(min=0)
+        self.seen_BC = column >= T - length_B[:, None]  # bool, which columns are no padding
+        self._read(tokens_BT, causal=False)
+
+    def _read(self, tokens_BT: Tensor, causal: bool) -> Tensor:
+        """States of new columns: of the source among themselves, then of [token, P], where each sees what is before it."""
+        encoder, first = self.model.encoder, self.cache.length
+        B, T = tokens_BT.shape
+        seen_BC = self.seen_BC
+
+        def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            visible = seen_BC[b, k] | (q == k)
+            return visible & (k <= q) if causal else visible
+
+        mask = Mask(predicate, B, T, first + T, tokens_BT.device, first_query=first)
+        positions = self.position_BC[:, first : first + T]
+        bias = None
+        if encoder.transformer.relative_bias is not None:
+            bias = encoder.transformer.relative_bias(positions, self.position_BC[:, : first + T])
+        return encoder.transformer(encoder.embedding(tokens_BT), positions, (NewColumns(mask, bias),), self.cache)
+
+    def step(self, tokens_B: Tensor | None) -> Tensor:
+        """Logits [B, V] of the next token after `tokens_B`, the last one of each row; None at the start."""
+        pseudo_B = torch.full_like(self.seen_BC[:, 0], self.model.config.pseudo_token, dtype=torch.long)
+        read = [pseudo_B] if tokens_B is None else [tokens_B, pseudo_B]
+        states = self._read(torch.stack(read, dim=1), causal=True)
+        self.cache.length -= 1  # the pseudo mask is forgotten, its column is written again
+        return F.linear(states[:, -1], self.model.encoder.embedding.weight).float()
+
+
+class NewColumns(Section):
+    """Queries that are all of the new columns, over the cached keys and their own."""
+
+    def attend(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, dropout: float) -> Tensor:
+        return attend(q_BHTD, k_BGTD, v_BGTD, self.mask, self.bias_BHQK, dropout)
+
+
+def write_text(name: str, source: str, max_new_tokens: int = 64) -> str:
+    """What a text becomes by the model of an export, a run, or a Hub id."""
+    from metalm.pretrained import load_pretrained
+
+    model, tokenizer = load_pretrained(name)
+    tokens = model.layout.source(source, tokenizer, model.config.encoder.max_positions - max_new_tokens)
+    return tokenizer.decode(write(model, [tokens], tokenizer.end, max_new_tokens)[0]).strip()
+
+
+@torch.inference_mode()
+def write(model: Seq2Seq, sources: Sequence[Sequence[int]], end: int, max_new_tokens: int = 64) -> list[list[int]]:
+    """What each source becomes, greedily, without the end token."""
+    longest = max(map(len, sources)) + max_new_tokens
+    if longest > model.config.encoder.max_positions:
+        raise DataError(
+            f"a source and {max_new_tokens} tokens exceed the encoder's {model.config.encoder.max_positions} positions"
+        )
+    writing = Writing(model, sources, max_new_tokens)
+    outputs: list[list[int]] = [[] for _ in sources]
+    open_rows = [True] * len(sources)
+    tokens_B = None
+    for _ in range(max_new_tokens):
+        tokens_B = writing.step(tokens_B).argmax(-1)
+        for b, token in enumerate(tokens_B.tolist()):
+            open_rows[b] = open_rows[b] and token != end
+            if open_rows[b]:
+                outputs[b].append(token)
+        if not any(open_rows):
+            break
+    return outputs
