@@ -55,7 +55,7 @@ def test_the_score_is_the_mean_over_all_characters(checkout):
     model = nanogpt.load_model_file(checkout).GPT(nanogpt.load_model_file(checkout).GPTConfig(4, **nanogpt.SHAPE))
     data = torch.randint(4, (64 * 70 + 1,))
     expected = model(data[None, :-1], data[None, 1:])[1]
-    assert nanogpt.validation_loss(model, data, 64) == pytest.approx(float(expected), rel=1e-5)
+    assert nanogpt.validation_loss(model, data, 64) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_ours_is_a_run_of_the_bundled_configuration(tmp_path):
