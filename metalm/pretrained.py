@@ -19,6 +19,8 @@ from metalm.data.tokenizer import Tokenizer
 from metalm.errors import CheckpointError
 from metalm.models import MODELS
 
+# What a part that starts from another's weights decides for itself; all else is their shape.
+USE = ("connector", "trainable", "init_from", "dropout", "activation_checkpointing", "combination")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -95,9 +97,10 @@ def read_part(name: str | Path, part: str) -> tuple[str, dict]:
 
 
 def inherit(part: dict, name: str | Path, where: str) -> dict:
-    """The plain configuration of a part that starts from an export's: that one's, with what `part` says over it."""
+    """The plain configuration of a part that starts from an export's: its type and shape, and of `part` how it is used."""
     _, source = read_part(name, where)
-    return {key: value for key, value in source.items() if key not in ("connector", "trainable", "init_from")} | part
+    shape = {key: value for key, value in source.items() if key not in USE}
+    return shape | {key: value for key, value in part.items() if key in USE or key not in source}
 
 
 def load_parts(model: nn.Module, config: Any, tokenizer: Tokenizer) -> None:
