@@ -35,7 +35,7 @@ class Dense(PMLM):
     """Base, originals and pseudo masks under one dense mask."""
 
     def hidden(self, batch: PMLMBatch) -> tuple[Tensor, Tensor]:
-        x_BND, position_BN, document_BN = self.columns(batch)
+        x_BND, position_BN, document_BN = batch.columns(self.encoder, self.config.pseudo_token)
         B, N, _ = x_BND.shape
         T, K = batch.tokens_BT.shape[1], batch.step_BK.shape[1]
         stack = self.encoder.transformer

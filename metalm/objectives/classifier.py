@@ -10,7 +10,7 @@
     logits = W2 tanh(W1 pooled)
 
 A sample's text is the premise; each of its questions is a hypothesis (or empty) with its label as the answer. Sources: UniLMv2
-(arXiv 2002.12804), section 4; Baevski et al. 2019 (arXiv 1903.07785), section 4.
+(arXiv 2002.12804); Baevski et al. 2019 (arXiv 1903.07785).
 
 Shapes: B rows, T positions, N texts, P pooled states, D width, C labels.
 """
@@ -32,6 +32,7 @@ from metalm.data.sample import Sample
 from metalm.data.tokenizer import Tokenizer
 from metalm.encoders import ENCODERS
 from metalm.errors import ConfigError, DataError
+from metalm.inference.generate import batched
 from metalm.nn.freezing import set_trainable
 from metalm.nn.transformer import init_weights
 from metalm.segments import Batch, Document, Text, make_batch
@@ -192,10 +193,8 @@ class Classifier(nn.Module):
 def classify(model: Classifier, documents: list[LabelledDocument], batch_size: int = 64) -> list[int]:
     """The number of each document's likeliest label."""
     device = next(model.parameters()).device
-    order = sorted(range(len(documents)), key=lambda n: len(documents[n]))
     labels = [0] * len(documents)
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
+    for numbers in batched(documents, batch_size):
         batch = model.layout.collate([[documents[n]] for n in numbers], 0).to(device)
         for n, label in zip(numbers, model.logits(batch).argmax(-1).tolist()):
             labels[n] = label

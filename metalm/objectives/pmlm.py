@@ -166,6 +166,13 @@ class PMLMBatch(Batch):
     slots_L: Tensor
     replacement_L: Tensor
 
+    def columns(self, encoder: TextEncoder, pseudo_token: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Input vectors [B, N, D], positions and documents [B, N] of the base, the originals and the pseudo masks."""
+        pseudo_BK = torch.full_like(self.original_BK, pseudo_token)
+        x_BND = encoder.embedding(torch.cat([self.tokens_BT, self.original_BK, pseudo_BK], dim=1))
+        position_BN = torch.cat([self.position_BT, self.position_BK, self.position_BK], dim=1)
+        return x_BND, position_BN, torch.cat([self.document_BT, self.document_BK, self.document_BK], dim=1)
+
 
 def make_pmlm_batch(rows: list[list[PMLMDocument]], length: int) -> PMLMBatch:
     """Rows of documents side by side as a batch with rows of `length` positions."""
@@ -247,18 +254,11 @@ class PMLM(nn.Module):
         self.processors: dict = {}
         self.parts: dict[str, tuple[Tensor, int]] = {}
 
-    def columns(self, batch: PMLMBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Input vectors [B, N, D], positions and documents [B, N] of the base, the originals and the pseudo masks."""
-        pseudo_BK = torch.full_like(batch.original_BK, self.config.pseudo_token)
-        x_BND = self.encoder.embedding(torch.cat([batch.tokens_BT, batch.original_BK, pseudo_BK], dim=1))
-        position_BN = torch.cat([batch.position_BT, batch.position_BK, batch.position_BK], dim=1)
-        return x_BND, position_BN, torch.cat([batch.document_BT, batch.document_BK, batch.document_BK], dim=1)
-
     def hidden(self, batch: PMLMBatch) -> tuple[Tensor, Tensor | None]:
         """States [B, T, D] of the base, and [B, K, D] of the pseudo masks where there is PAR."""
         if not self.config.par:
             return self.encoder(batch.tokens_BT, batch.document_BT, batch.position_BT), None
-        x_BND = one_pass(self.encoder.transformer, *self.columns(batch), batch.step_BK)
+        x_BND = one_pass(self.encoder.transformer, *batch.columns(self.encoder, self.config.pseudo_token), batch.step_BK)
         T, K = batch.tokens_BT.shape[1], batch.step_BK.shape[1]
         return x_BND[:, :T], x_BND[:, T + K :]
 

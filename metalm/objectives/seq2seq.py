@@ -6,7 +6,7 @@
 
 That is the layout of `metalm.nn.pseudo_masked` with a step for each token of the target. Decoding reads [last token, P] at a
 time and keeps the last token alone in its cache, so its predictions are those of training. The loss has its labels smoothed.
-Source: UniLMv2 (arXiv 2002.12804), sections 3.3 and 4.
+Source: UniLMv2 (arXiv 2002.12804).
 
 Shapes: B rows, K slots of a row, L target tokens, V vocabulary.
 """
@@ -112,11 +112,7 @@ class Seq2Seq(nn.Module):
 
     def hidden(self, batch: PMLMBatch) -> Tensor:
         """States [B, K, D] of the pseudo masks."""
-        pseudo_BK = torch.full_like(batch.original_BK, self.config.pseudo_token)
-        x_BND = self.encoder.embedding(torch.cat([batch.tokens_BT, batch.original_BK, pseudo_BK], dim=1))
-        position_BN = torch.cat([batch.position_BT, batch.position_BK, batch.position_BK], dim=1)
-        document_BN = torch.cat([batch.document_BT, batch.document_BK, batch.document_BK], dim=1)
-        x_BND = one_pass(self.encoder.transformer, x_BND, position_BN, document_BN, batch.step_BK)
+        x_BND = one_pass(self.encoder.transformer, *batch.columns(self.encoder, self.config.pseudo_token), batch.step_BK)
         return x_BND[:, -batch.step_BK.shape[1] :]
 
     def num_predictions(self, batch: PMLMBatch) -> int:

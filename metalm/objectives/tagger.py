@@ -5,7 +5,7 @@
 
     log p(tags | text) = score(tags) - logsumexp over all tag sequences,  score = sum of emissions and transitions
 
-Source: Baevski et al. 2019 (arXiv 1903.07785), section 5.2.2. The random field is `pytorch-crf`'s.
+Source: Baevski et al. 2019 (arXiv 1903.07785). The random field is `pytorch-crf`'s.
 
 Shapes: B rows, T positions, N texts, W words of the longest, D width, C tags.
 """
@@ -26,6 +26,7 @@ from metalm.data.sample import Sample
 from metalm.data.tokenizer import Tokenizer
 from metalm.encoders import ENCODERS
 from metalm.errors import ConfigError, DataError
+from metalm.inference.generate import batched
 from metalm.nn.freezing import set_trainable
 from metalm.nn.transformer import init_weights
 from metalm.registry import did_you_mean
@@ -193,10 +194,8 @@ class Tagger(nn.Module):
 def tag(model: Tagger, documents: list[TaggedDocument], batch_size: int = 64) -> list[list[str]]:
     """The likeliest tags of each document's words."""
     device = next(model.parameters()).device
-    order = sorted(range(len(documents)), key=lambda n: len(documents[n]))
     tags: list[list[str]] = [[] for _ in documents]
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
+    for numbers in batched(documents, batch_size):
         batch = model.layout.collate([[documents[n]] for n in numbers], 0).to(device)
         for n, found in zip(numbers, model.crf.decode(model.emissions(batch), mask=batch.mask_NW)):
             tags[n] = [model.config.tags[number] for number in found]

@@ -54,7 +54,7 @@ def train(config: RunConfig) -> Path:
     model = MODELS[config.model.type](config.model)
     if config.init_from and not found:
         load_weights(model, config.init_from)
-    elif not found:
+    if not found:
         load_parts(model, config.model, tokenizer)
     interface = Interface.of(model, tokenizer, config.data.row_length)
     stream = PackedStream(config.data.train, interface, config.data, config.training.seed, rank, world)
