@@ -192,7 +192,7 @@ def generate(
     if image is not None and not image.is_file():
         raise DataError(f"no picture at {image}")
     if read_model_config(model).get("type") == "seq2seq":
-        from metalm.objectives.seq2seq import write_text
+        from metalm.inference.write import write_text
 
         print(write_text(model, prompt, max_new_tokens))
         return

@@ -9,7 +9,8 @@ import torch
 from metalm.data.shards import read_samples
 from metalm.errors import ConfigError, DataError
 from metalm.evaluation.result import Prediction, Result
-from metalm.objectives.classifier import Classifier, classify
+from metalm.inference.generate import batched
+from metalm.objectives.classifier import Classifier, LabelledDocument
 from metalm.pretrained import load_pretrained
 
 
@@ -46,3 +47,15 @@ def evaluate_classification(name: str, data: str, batch_size: int = 64, limit: i
     commonest = Counter(row.references[0] for row in rows).most_common(1)[0][1]
     metrics = {"accuracy": sum(row.score for row in rows) / len(rows), "majority": commonest / len(rows)}
     return Result("classification", metrics, name, data, {"batch_size": batch_size, "limit": limit}, rows)
+
+
+@torch.inference_mode()
+def classify(model: Classifier, documents: list[LabelledDocument], batch_size: int = 64) -> list[int]:
+    """The number of each document's likeliest label."""
+    device = next(model.parameters()).device
+    labels = [0] * len(documents)
+    for numbers in batched(documents, batch_size):
+        batch = model.layout.collate([[documents[n]] for n in numbers], 0).to(device)
+        for n, label in zip(numbers, model.logits(batch).argmax(-1).tolist()):
+            labels[n] = label
+    return labels

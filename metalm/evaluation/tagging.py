@@ -7,7 +7,8 @@ import torch
 from metalm.data.shards import read_samples
 from metalm.errors import ConfigError, DataError
 from metalm.evaluation.result import Prediction, Result
-from metalm.objectives.tagger import Tagger, tag
+from metalm.inference.generate import batched
+from metalm.objectives.tagger import TaggedDocument, Tagger
 from metalm.pretrained import load_pretrained
 
 
@@ -43,3 +44,15 @@ def evaluate_tagging(name: str, data: str, batch_size: int = 64, limit: int = 0)
         for sample, tags in zip(samples, found)
     ]
     return Result("tagging", metrics, name, data, {"batch_size": batch_size, "limit": limit}, rows)
+
+
+@torch.inference_mode()
+def tag(model: Tagger, documents: list[TaggedDocument], batch_size: int = 64) -> list[list[str]]:
+    """The likeliest tags of each document's words."""
+    device = next(model.parameters()).device
+    tags: list[list[str]] = [[] for _ in documents]
+    for numbers in batched(documents, batch_size):
+        batch = model.layout.collate([[documents[n]] for n in numbers], 0).to(device)
+        for n, found in zip(numbers, model.crf.decode(model.emissions(batch), mask=batch.mask_NW)):
+            tags[n] = [model.config.tags[number] for number in found]
+    return tags

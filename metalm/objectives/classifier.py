@@ -32,7 +32,6 @@ from metalm.data.sample import Sample
 from metalm.data.tokenizer import Tokenizer
 from metalm.encoders import ENCODERS
 from metalm.errors import ConfigError, DataError
-from metalm.inference.generate import batched
 from metalm.nn.freezing import set_trainable
 from metalm.nn.transformer import init_weights
 from metalm.segments import Batch, Document, Text, make_batch
@@ -187,15 +186,3 @@ class Classifier(nn.Module):
         right = (logits_NC.argmax(-1) == batch.targets_L).sum()
         self.parts = {"accuracy": (right, batch.num_targets)}
         return F.cross_entropy(logits_NC, batch.targets_L, reduction="sum")
-
-
-@torch.inference_mode()
-def classify(model: Classifier, documents: list[LabelledDocument], batch_size: int = 64) -> list[int]:
-    """The number of each document's likeliest label."""
-    device = next(model.parameters()).device
-    labels = [0] * len(documents)
-    for numbers in batched(documents, batch_size):
-        batch = model.layout.collate([[documents[n]] for n in numbers], 0).to(device)
-        for n, label in zip(numbers, model.logits(batch).argmax(-1).tolist()):
-            labels[n] = label
-    return labels

@@ -284,9 +284,3 @@ class PMLM(nn.Module):
             par = sum(total for name, (total, _) in self.parts.items() if name != "ae")
             self.parts["par"] = par, batch.num_targets
         return sum(nats.values())
-
-    @torch.no_grad()
-    def losses(self, batch: PMLMBatch) -> dict[str, tuple[Tensor, int]]:
-        """`parts` of a batch."""
-        self(batch)
-        return self.parts

@@ -4,21 +4,20 @@
     originals   There  is   a   place  </s>     T_i sees the source and T_<=i
     pseudo      P      P    P   P      P        P_i sees the source, T_<i and itself, and predicts T_i
 
-That is the layout of `metalm.nn.pseudo_masked` with a step for each token of the target. Decoding reads [last token, P] at a
-time and keeps the last token alone in its cache, so its predictions are those of training. The loss has its labels smoothed.
+That is the layout of `metalm.nn.pseudo_masked` with a step for each token of the target. The loss has its labels smoothed.
+`metalm.inference.write` decodes.
 Source: UniLMv2 (arXiv 2002.12804).
 
-Shapes: B rows, K slots of a row, L target tokens, V vocabulary.
+Shapes: B rows, K slots of a row, N columns, L target tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,10 +25,8 @@ from metalm.data.sample import Sample
 from metalm.data.tokenizer import Tokenizer
 from metalm.encoders.text import TextEncoder, TextEncoderConfig
 from metalm.errors import ConfigError, DataError
-from metalm.nn.attention import KVCache, Mask, attend
 from metalm.nn.freezing import set_trainable
 from metalm.nn.pseudo_masked import one_pass
-from metalm.nn.transformer import Section
 from metalm.objectives.pmlm import PMLMBatch, PMLMDocument, make_pmlm_batch
 
 
@@ -127,86 +124,3 @@ class Seq2Seq(nn.Module):
         logits_LV = self.logits(batch).float()
         self.parts = {"nats": (F.cross_entropy(logits_LV.detach(), batch.targets_L, reduction="sum"), batch.num_targets)}
         return F.cross_entropy(logits_LV, batch.targets_L, reduction="sum", label_smoothing=self.config.label_smoothing)
-
-
-class Writing:
-    """Sources with a cache of what they and the tokens written so far became; `step` gives the next token's logits.
-
-    Sources lie at the right end of their rows, so that all go on at the same column; the padding before them is never seen.
-    """
-
-    def __init__(self, model: Seq2Seq, sources: Sequence[Sequence[int]], max_new_tokens: int):
-        self.model, stack = model, model.encoder.transformer
-        device = model.encoder.embedding.weight.device
-        T = max(map(len, sources))
-        self.cache = KVCache(len(stack.blocks), T + max_new_tokens + 2)
-        tokens_BT = torch.tensor([[0] * (T - len(source)) + list(source) for source in sources], device=device)
-        length_B = torch.tensor([len(source) for source in sources], device=device)
-        column = torch.arange(self.cache.capacity, device=device)
-        self.position_BC = (column - (T - length_B[:, None])).clamp(min=0)
-        self.seen_BC = column >= T - length_B[:, None]  # bool, which columns are no padding
-        self._read(tokens_BT, causal=False)
-
-    def _read(self, tokens_BT: Tensor, causal: bool) -> Tensor:
-        """States of new columns: of the source among themselves, then of [token, P], where each sees what is before it."""
-        encoder, first = self.model.encoder, self.cache.length
-        B, T = tokens_BT.shape
-        seen_BC = self.seen_BC
-
-        def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            visible = seen_BC[b, k] | (q == k)
-            return visible & (k <= q) if causal else visible
-
-        mask = Mask(predicate, B, T, first + T, tokens_BT.device, first_query=first)
-        positions = self.position_BC[:, first : first + T]
-        bias = None
-        if encoder.transformer.relative_bias is not None:
-            bias = encoder.transformer.relative_bias(positions, self.position_BC[:, : first + T])
-        return encoder.transformer(encoder.embedding(tokens_BT), positions, (NewColumns(mask, bias),), self.cache)
-
-    def step(self, tokens_B: Tensor | None) -> Tensor:
-        """Logits [B, V] of the next token after `tokens_B`, the last one of each row; None at the start."""
-        pseudo_B = torch.full_like(self.seen_BC[:, 0], self.model.config.pseudo_token, dtype=torch.long)
-        read = [pseudo_B] if tokens_B is None else [tokens_B, pseudo_B]
-        states = self._read(torch.stack(read, dim=1), causal=True)
-        self.cache.length -= 1  # the pseudo mask is forgotten, its column is written again
-        return F.linear(states[:, -1], self.model.encoder.embedding.weight).float()
-
-
-class NewColumns(Section):
-    """Queries that are all of the new columns, over the cached keys and their own."""
-
-    def attend(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, dropout: float) -> Tensor:
-        return attend(q_BHTD, k_BGTD, v_BGTD, self.mask, self.bias_BHQK, dropout)
-
-
-def write_text(name: str, source: str, max_new_tokens: int = 64) -> str:
-    """What a text becomes by the model of an export, a run, or a Hub id."""
-    from metalm.pretrained import load_pretrained
-
-    model, tokenizer = load_pretrained(name)
-    tokens = model.layout.source(source, tokenizer, model.config.encoder.max_positions - max_new_tokens)
-    return tokenizer.decode(write(model, [tokens], tokenizer.end, max_new_tokens)[0]).strip()
-
-
-@torch.inference_mode()
-def write(model: Seq2Seq, sources: Sequence[Sequence[int]], end: int, max_new_tokens: int = 64) -> list[list[int]]:
-    """What each source becomes, greedily, without the end token."""
-    longest = max(map(len, sources)) + max_new_tokens
-    if longest > model.config.encoder.max_positions:
-        raise DataError(
-            f"a source and {max_new_tokens} tokens exceed the encoder's {model.config.encoder.max_positions} positions"
-        )
-    writing = Writing(model, sources, max_new_tokens)
-    outputs: list[list[int]] = [[] for _ in sources]
-    open_rows = [True] * len(sources)
-    tokens_B = None
-    for _ in range(max_new_tokens):
-        tokens_B = writing.step(tokens_B).argmax(-1)
-        for b, token in enumerate(tokens_B.tolist()):
-            open_rows[b] = open_rows[b] and token != end
-            if open_rows[b]:
-                outputs[b].append(token)
-        if not any(open_rows):
-            break
-    return outputs

@@ -26,7 +26,6 @@ from metalm.data.sample import Sample
 from metalm.data.tokenizer import Tokenizer
 from metalm.encoders import ENCODERS
 from metalm.errors import ConfigError, DataError
-from metalm.inference.generate import batched
 from metalm.nn.freezing import set_trainable
 from metalm.nn.transformer import init_weights
 from metalm.registry import did_you_mean
@@ -188,15 +187,3 @@ class Tagger(nn.Module):
     def forward(self, batch: TaggedBatch) -> Tensor:
         """Negative log-likelihood of the tag sequences, in nats, summed over the texts (and so over their words)."""
         return -self.crf(self.emissions(batch), batch.tags_NW, mask=batch.mask_NW, reduction="sum")
-
-
-@torch.inference_mode()
-def tag(model: Tagger, documents: list[TaggedDocument], batch_size: int = 64) -> list[list[str]]:
-    """The likeliest tags of each document's words."""
-    device = next(model.parameters()).device
-    tags: list[list[str]] = [[] for _ in documents]
-    for numbers in batched(documents, batch_size):
-        batch = model.layout.collate([[documents[n]] for n in numbers], 0).to(device)
-        for n, found in zip(numbers, model.crf.decode(model.emissions(batch), mask=batch.mask_NW)):
-            tags[n] = [model.config.tags[number] for number in found]
-    return tags

@@ -15,8 +15,8 @@ from metalm.data.sample import Question, Sample
 from metalm.data.shards import write_shards
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError, DataError
-from metalm.evaluation.classification import evaluate_classification
-from metalm.objectives.classifier import Classifier, ClassifierConfig, classify
+from metalm.evaluation.classification import classify, evaluate_classification
+from metalm.objectives.classifier import Classifier, ClassifierConfig
 from metalm.pretrained import load_pretrained
 from metalm.training.config import load_run_config
 from metalm.training.loop import train

@@ -16,8 +16,9 @@ from metalm.data.sample import Sample
 from metalm.data.shards import write_shards
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError, DataError
+from metalm.inference.write import Writing, write
 from metalm.objectives.pmlm import PMLMDocument
-from metalm.objectives.seq2seq import Seq2Seq, Seq2SeqConfig, Writing, write
+from metalm.objectives.seq2seq import Seq2Seq, Seq2SeqConfig
 from metalm.pretrained import load_pretrained
 from metalm.training.config import load_run_config
 from metalm.training.loop import train

@@ -16,8 +16,8 @@ from metalm.data.sample import Sample
 from metalm.data.shards import read_samples, write_shards
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError, DataError
-from metalm.evaluation.tagging import evaluate_tagging
-from metalm.objectives.tagger import Tagger, TaggerConfig, tag
+from metalm.evaluation.tagging import evaluate_tagging, tag
+from metalm.objectives.tagger import Tagger, TaggerConfig
 from metalm.training.config import load_run_config
 from metalm.training.loop import train
 
