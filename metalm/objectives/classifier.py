@@ -21,19 +21,17 @@ import difflib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metalm.config import plugin
 from metalm.data.sample import Sample
 from metalm.data.tokenizer import Tokenizer
-from metalm.encoders import ENCODERS
-from metalm.errors import ConfigError, DataError
-from metalm.nn.freezing import set_trainable
+from metalm.errors import DataError
 from metalm.nn.transformer import init_weights
+from metalm.objectives.encoder_model import HeadConfig, HeadModel
 from metalm.segments import Batch, Document, Text, make_batch
 
 Pool = Literal["first", "ends", "ends, separator"]
@@ -41,36 +39,15 @@ POOLED = {"first": 1, "ends": 2, "ends, separator": 3}
 
 
 @dataclass(kw_only=True)
-class ClassifierConfig:
-    """An encoder of text, the labels, and which states they are read off.
-
-    Attributes:
-        dropout: of the pooled states.
-        s_token: filled in from the tokenizer.
-    """
+class ClassifierConfig(HeadConfig):
+    """An encoder of text, the labels, and which states they are read off."""
 
     type: str = "classifier"
-    encoder: Any = plugin(ENCODERS)
     labels: list[str]
     pool: Pool = "first"
-    dropout: float = 0.1
-    s_token: int = -1
-    special_tokens: ClassVar[tuple[str, ...]] = ("<s>",)
 
     def __post_init__(self):
-        if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
-            raise ConfigError(f"labels {self.labels} must be two or more, all different")
-        if self.encoder.type not in ("text", "two_tower"):
-            raise ConfigError(f"encoder.type is {self.encoder.type!r}, a classifier of texts reads by 'text' or 'two_tower'")
-        if self.encoder.connector is not None:
-            raise ConfigError("encoder.connector is for a decoder, which a classifier does not have")
-
-    def check_row_length(self, length: int) -> None:
-        """Any row has room for some text."""
-
-    def set_vocab_size(self, vocab_size: int) -> None:
-        """Fills in the tokenizer's size where the vocabulary is left at 0."""
-        self.encoder.vocab_size = self.encoder.vocab_size or vocab_size
+        self.check_head(self.labels, "labels")
 
 
 @dataclass(frozen=True)
@@ -146,16 +123,13 @@ class ClassifierLayout:
         return LabelledBatch(**vars(replace(batch, places_L=pooled_NP[:, 0], targets_L=labels)), pooled_NP=pooled_NP)
 
 
-class Classifier(nn.Module):
+class Classifier(HeadModel):
     """An encoder with a head; `parts` hold how many of the last batch's texts were labelled right."""
 
     Config = ClassifierConfig
 
     def __init__(self, config: ClassifierConfig):
-        super().__init__()
-        self.config = config
-        self.encoder = ENCODERS[config.encoder.type](config.encoder)
-        set_trainable(self.encoder, self.encoder.layers(), config.encoder.trainable, "encoder")
+        super().__init__(config)
         width = self.encoder.width
         self.head = nn.Sequential(
             nn.Dropout(config.dropout),
@@ -166,15 +140,6 @@ class Classifier(nn.Module):
         )
         self.head.apply(init_weights)
         self.layout = ClassifierLayout(config.labels, config.pool, config.s_token, config.encoder.max_positions)
-        self.processors: dict = {}
-        self.parts: dict[str, tuple[Tensor, int]] = {}
-
-    def hidden(self, batch: Batch) -> Tensor:
-        return self.encoder(batch.tokens_BT, batch.document_BT, batch.position_BT)
-
-    def num_predictions(self, batch: Batch) -> int:
-        """Of the vocabulary: none."""
-        return 0
 
     def logits(self, batch: LabelledBatch) -> Tensor:
         """[N, C]."""

@@ -25,11 +25,12 @@ from metalm.encoders.two_tower import TwoTowerConfig, TwoTowerEncoder
 from metalm.errors import ConfigError
 from metalm.nn.losses import linear_cross_entropy
 from metalm.nn.words import AdaptiveSoftmax
+from metalm.objectives.encoder_model import EncoderModelConfig
 from metalm.segments import Batch, Document, Text, make_batch
 
 
 @dataclass(kw_only=True)
-class ClozeConfig:
+class ClozeConfig(EncoderModelConfig):
     """An encoder, and what it is trained on.
 
     Attributes:
@@ -51,28 +52,9 @@ class ClozeConfig:
             raise ConfigError(
                 f"cloze {self.cloze} and two_direction {self.two_direction} are weights: not negative, not both 0"
             )
-        if self.encoder.type != "two_tower":
-            raise ConfigError(f"encoder.type is {self.encoder.type!r}, a cloze model's is 'two_tower'")
-        for name, default in (("connector", None), ("trainable", "all")):
-            if getattr(self.encoder, name) != default:
-                raise ConfigError(f"encoder.{name} belongs to the model that the encoder is docked in afterwards")
+        self.check_pretraining("two_tower")
         if self.encoder.characters and not self.cutoffs:
             raise ConfigError("encoder.characters needs cutoffs: there are no embeddings to tie the softmax with")
-
-    def check_row_length(self, length: int) -> None:
-        """Raises `ConfigError` where rows are too short for a token between two `<s>`."""
-        if length < 3:
-            raise ConfigError(f"data.row_length {length} has no room for a token between two <s>, it must be at least 3")
-
-    def set_vocab_size(self, vocab_size: int) -> None:
-        """Fills in the tokenizer's size where the vocabulary is left at 0.
-
-        Raises:
-            ConfigError: the vocabulary is smaller than the tokenizer's.
-        """
-        self.encoder.vocab_size = self.encoder.vocab_size or vocab_size
-        if self.encoder.vocab_size < vocab_size:
-            raise ConfigError(f"encoder.vocab_size is {self.encoder.vocab_size}, but the tokenizer has {vocab_size} tokens")
 
 
 @dataclass

@@ -27,6 +27,7 @@ from metalm.encoders.text import TextEncoder, TextEncoderConfig
 from metalm.errors import ConfigError
 from metalm.nn.losses import linear_cross_entropy
 from metalm.nn.pseudo_masked import one_pass
+from metalm.objectives.encoder_model import EncoderModelConfig
 from metalm.segments import Batch
 
 REPLACEMENTS = ("mask", "random", "kept")  # what stands in the slot of a masked token, by its number
@@ -34,7 +35,7 @@ SLOTS = 16  # the number of slots of a row is a multiple of this, so that few sh
 
 
 @dataclass(kw_only=True)
-class PMLMConfig:
+class PMLMConfig(EncoderModelConfig):
     """An encoder, and how its texts are masked.
 
     Attributes:
@@ -70,26 +71,7 @@ class PMLMConfig:
             raise ConfigError(f"replacement {self.replacement} must be the shares of [M], random and kept tokens, with sum 1")
         if not (self.ae or self.par):
             raise ConfigError("ae and par are both false: nothing is left to learn")
-        if self.encoder.type != "text":
-            raise ConfigError(f"encoder.type is {self.encoder.type!r}, a pseudo-masked model's is 'text'")
-        for name, default in (("connector", None), ("trainable", "all")):
-            if getattr(self.encoder, name) != default:
-                raise ConfigError(f"encoder.{name} belongs to the model that the encoder is docked in afterwards")
-
-    def set_vocab_size(self, size: int) -> None:
-        """Fills in the tokenizer's size where the encoder's vocabulary is left at 0.
-
-        Raises:
-            ConfigError: the vocabulary is smaller than the tokenizer's.
-        """
-        self.encoder.vocab_size = self.encoder.vocab_size or size
-        if self.encoder.vocab_size < size:
-            raise ConfigError(f"encoder.vocab_size is {self.encoder.vocab_size}, but the tokenizer has {size} tokens")
-
-    def check_row_length(self, length: int) -> None:
-        """Raises `ConfigError` where rows are too short for a masked token between `<s>` and the end token."""
-        if length < 3:
-            raise ConfigError(f"data.row_length {length} has no room for a masked token, it must be at least 3")
+        self.check_pretraining("text")
 
 
 def sample_blocks(length: int, config: PMLMConfig, rng: random.Random) -> list[list[int]]:

@@ -27,11 +27,12 @@ from metalm.encoders.text import TextEncoder, TextEncoderConfig
 from metalm.errors import ConfigError, DataError
 from metalm.nn.freezing import set_trainable
 from metalm.nn.pseudo_masked import one_pass
+from metalm.objectives.encoder_model import EncoderModelConfig
 from metalm.objectives.pmlm import PMLMBatch, PMLMDocument, make_pmlm_batch
 
 
 @dataclass(kw_only=True)
-class Seq2SeqConfig:
+class Seq2SeqConfig(EncoderModelConfig):
     """An encoder, of pseudo-masked pretraining best (`encoder.init_from`); `label_smoothing` is spread over the vocabulary.
 
     `s_token` and `pseudo_token` are filled in from the tokenizer.
@@ -54,12 +55,6 @@ class Seq2SeqConfig:
         """Raises `ConfigError` where rows are too short for a source token between its ends."""
         if length < 3:
             raise ConfigError(f"data.row_length {length} has no room for a source, it must be at least 3")
-
-    def set_vocab_size(self, size: int) -> None:
-        """Fills in the tokenizer's size where the vocabulary is left at 0."""
-        self.encoder.vocab_size = self.encoder.vocab_size or size
-        if self.encoder.vocab_size < size:
-            raise ConfigError(f"encoder.vocab_size is {self.encoder.vocab_size}, but the tokenizer has {size} tokens")
 
 
 @dataclass

@@ -15,53 +15,32 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from metalm.config import plugin
 from metalm.data.sample import Sample
 from metalm.data.tokenizer import Tokenizer
-from metalm.encoders import ENCODERS
 from metalm.errors import ConfigError, DataError
-from metalm.nn.freezing import set_trainable
 from metalm.nn.transformer import init_weights
+from metalm.objectives.encoder_model import HeadConfig, HeadModel
 from metalm.registry import did_you_mean
 from metalm.segments import Batch, Document, Text, make_batch
 
 
 @dataclass(kw_only=True)
-class TaggerConfig:
-    """An encoder of text, the tags, and the widths of the projection and of each direction of the LSTM.
-
-    `s_token` is filled in from the tokenizer.
-    """
+class TaggerConfig(HeadConfig):
+    """An encoder of text, the tags, and the widths of the projection and of each direction of the LSTM."""
 
     type: str = "tagger"
-    encoder: Any = plugin(ENCODERS)
     tags: list[str]
     projection: int = 256
     lstm: int = 256
-    dropout: float = 0.1
-    s_token: int = -1
-    special_tokens: ClassVar[tuple[str, ...]] = ("<s>",)
 
     def __post_init__(self):
-        if len(self.tags) < 2 or len(set(self.tags)) < len(self.tags):
-            raise ConfigError(f"tags {self.tags} must be two or more, all different")
-        if self.encoder.type not in ("text", "two_tower"):
-            raise ConfigError(f"encoder.type is {self.encoder.type!r}, a tagger of texts reads by 'text' or 'two_tower'")
-        if self.encoder.connector is not None:
-            raise ConfigError("encoder.connector is for a decoder, which a tagger does not have")
-
-    def check_row_length(self, length: int) -> None:
-        """Any row has room for some words."""
-
-    def set_vocab_size(self, vocab_size: int) -> None:
-        """Fills in the tokenizer's size where the vocabulary is left at 0."""
-        self.encoder.vocab_size = self.encoder.vocab_size or vocab_size
+        self.check_head(self.tags, "tags")
 
 
 @dataclass(frozen=True)
@@ -141,20 +120,17 @@ class TaggerLayout:
         return TaggedBatch(**vars(batch), words_NW=words_NW, mask_NW=mask_NW, tags_NW=tags_NW)
 
 
-class Tagger(nn.Module):
+class Tagger(HeadModel):
     """An encoder with a biLSTM and a conditional random field on the states of words."""
 
     Config = TaggerConfig
 
     def __init__(self, config: TaggerConfig):
-        super().__init__()
+        super().__init__(config)
         try:
             from torchcrf import CRF
         except ImportError as error:
             raise ConfigError("the model 'tagger' needs pytorch-crf: pip install 'metalm[tagging]'") from error
-        self.config = config
-        self.encoder = ENCODERS[config.encoder.type](config.encoder)
-        set_trainable(self.encoder, self.encoder.layers(), config.encoder.trainable, "encoder")
         self.dropout = nn.Dropout(config.dropout)
         self.projection = nn.Linear(self.encoder.width, config.projection)
         self.lstm = nn.LSTM(config.projection, config.lstm, batch_first=True, bidirectional=True)
@@ -164,15 +140,6 @@ class Tagger(nn.Module):
         self.crf = CRF(len(config.tags), batch_first=True)
         both_ends = config.encoder.type == "two_tower"
         self.layout = TaggerLayout(config.tags, config.s_token, config.encoder.max_positions, both_ends)
-        self.processors: dict = {}
-        self.parts: dict[str, tuple[Tensor, int]] = {}
-
-    def hidden(self, batch: Batch) -> Tensor:
-        return self.encoder(batch.tokens_BT, batch.document_BT, batch.position_BT)
-
-    def num_predictions(self, batch: Batch) -> int:
-        """Of the vocabulary: none."""
-        return 0
 
     def emissions(self, batch: TaggedBatch) -> Tensor:
         """Scores of each word's tags, [N, W, C], float32 or better."""
