@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from metalm.data.views import View
 from metalm.errors import DataError
 
 
-def decode_image(encoded: bytes, size: int, interpolation: str = "bicubic") -> Tensor:
-    """An encoded picture as uint8 [3, size, size], squashed to the square so that nothing is cut off.
+def decode_image(encoded: bytes, size: int, interpolation: str = "bicubic", view: View | None = None) -> Tensor:
+    """An encoded picture, or a `view` of it, as uint8 [3, size, size], squashed to the square so that nothing is cut off.
 
     The camera's orientation mark (EXIF) is obeyed, 16-bit greys are brought to 8 bits, transparency is dropped.
     JPEGs are decoded at the smallest scale (1/1, 1/2, 1/4, 1/8) that still exceeds `size`.
@@ -25,20 +27,27 @@ def decode_image(encoded: bytes, size: int, interpolation: str = "bicubic") -> T
 
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            image.draft("RGB", (size, size))
+            needed = size if view is None else math.ceil(size / min(view.right - view.left, view.bottom - view.top))
+            image.draft("RGB", (needed, needed))
             image.load()  # before the mark is looked for, which would hide the error of a truncated PNG
             turn = _turn(image)
             if image.mode.startswith("I;16"):  # Pillow's own conversion would clip these to white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             picture = image.convert("RGB")
-        if picture.size != (size, size):
-            picture = picture.resize((size, size), getattr(Image.Resampling, interpolation.upper()))
+        if turn is not None:
+            picture = picture.transpose(turn)
+        width, height = picture.size
+        box = (0, 0, width, height)
+        if view is not None:
+            box = (view.left * width, view.top * height, view.right * width, view.bottom * height)
+        if box != (0, 0, size, size):
+            picture = picture.resize((size, size), getattr(Image.Resampling, interpolation.upper()), box)
+        if view is not None and view.mirrored:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     except UnidentifiedImageError as error:  # whose text is the address of a buffer
         raise DataError("not a complete picture (no known format)") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"not a complete picture ({error})") from error
-    if turn is not None:
-        picture = picture.transpose(turn)
     return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).contiguous()
 
 

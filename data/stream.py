@@ -24,10 +24,11 @@ from metalm.config import plugin
 from metalm.data.prompts import TASKS, Interface
 from metalm.data.sample import Sample
 from metalm.data.shards import list_shards, read_shard
+from metalm.data.views import draw_view
 from metalm.errors import ConfigError, DataError
 from metalm.nn.packing import pack
 from metalm.objectives import OBJECTIVES
-from metalm.segments import Batch, Document
+from metalm.segments import Batch, Document, map_inputs
 
 
 @dataclass
@@ -37,7 +38,8 @@ class SourceConfig:
     `objective` is for the task `text` alone, which cannot do without unless the model itself is a way of learning texts;
     `captions` of an image are learned at each visit, by the tasks `image_text` and `captioning`; `prefix` is how often the task
     `image_text` gives a caption's beginning to the encoder, as the paper always does: what is said first, the subject, is
-    otherwise seldom predicted from the image alone.
+    otherwise seldom predicted from the image alone. `crop` below 1 shows a part of the image, drawn anew at each visit, of at
+    least this share of either side; `mirror` shows every second one mirrored, which is for captions without left and right.
     """
 
     shards: str | list[str]
@@ -45,6 +47,8 @@ class SourceConfig:
     weight: float = 1.0
     captions: int = 1
     prefix: float = 1.0
+    crop: float = 1.0
+    mirror: bool = False
     objective: object = plugin(OBJECTIVES, default=None)
 
     def __post_init__(self):
@@ -58,6 +62,8 @@ class SourceConfig:
             raise ConfigError(f"captions {self.captions} must be at least 1, and 1 for tasks but image_text and captioning")
         if not 0 <= self.prefix <= 1 or (self.prefix < 1 and self.task != "image_text"):
             raise ConfigError(f"prefix {self.prefix} is a share of the captions of the task image_text, from 0 to 1")
+        if not 0 < self.crop <= 1:
+            raise ConfigError(f"crop {self.crop} is the least share of a side that is kept, above 0 and at most 1")
         if self.task != "text" and self.objective is not None:
             raise ConfigError(f"the task {self.task!r} takes no objective")
 
@@ -281,6 +287,9 @@ class PackedStream(IterableDataset):
         if self.sources[i].prefix < 1:
             arguments["prefix"] = self.sources[i].prefix
         documents = list(TASKS[self.sources[i].task](self.interface, sample, rng, **arguments))
+        if self.sources[i].crop < 1 or self.sources[i].mirror:
+            view = draw_view(self.sources[i].crop, self.sources[i].mirror, rng)
+            documents = [map_inputs(document, lambda span: {**span.inputs, "view": view}) for document in documents]
         for document in documents:
             if len(document) > self.config.row_length:
                 raise DataError(

@@ -58,7 +58,7 @@ class FusedProcessor(Processor):
     def load(self, inputs: dict) -> dict:
         if "image" not in inputs:
             return inputs
-        return {**inputs, "image": decode_image(inputs["image"], self.image_size)}
+        return {**inputs, "image": decode_image(inputs["image"], self.image_size, view=inputs.get("view"))}
 
     def collate(self, loaded: list[dict]) -> Collated:
         packed = pack_spans([self.num_states(inputs) for inputs in loaded])

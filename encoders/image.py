@@ -27,7 +27,7 @@ class ImageProcessor(Processor):
         return self.num_patches
 
     def load(self, inputs: dict) -> dict:
-        return {"image": decode_image(inputs["image"], self.image_size, self.interpolation)}
+        return {"image": decode_image(inputs["image"], self.image_size, self.interpolation, inputs.get("view"))}
 
     def collate(self, loaded: list[dict]) -> Collated:
         pixels = torch.stack([inputs["image"] for inputs in loaded])

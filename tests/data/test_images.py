@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from metalm.data.images import decode_image
+from metalm.data.views import View, draw_view
 from metalm.errors import DataError
 
 
@@ -141,3 +142,38 @@ def test_a_decompression_bomb_is_a_data_error():
     whole[16:24] = (60_000).to_bytes(4, "big") * 2
     with pytest.raises(DataError):
         decode_image(bytes(whole), 16)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("size", [16, 64])
+def test_a_view_is_a_part_of_the_upright_picture(orientation, size):
+    image = quadrants(256)
+    if orientation == 6:  # stored as the sensor saw it
+        image = image.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+
+    def shown(view: View) -> list[list[int]]:
+        return corners(decode_image(encode(image, "JPEG", exif=exif, quality=95), size, view=view))
+
+    red, green, blue, white = COLORS
+    expected = {
+        View(0, 0, 1, 1): [red, green, blue, white],
+        View(0, 0, 1, 1, mirrored=True): [green, red, white, blue],
+        View(0.5, 0, 1, 1): [green, green, white, white],
+        View(0, 0.5, 1, 1, mirrored=True): [white, blue, white, blue],
+        View(0, 0, 0.4, 0.4): [red] * 4,
+    }
+    for view, colors in expected.items():
+        assert max(abs(a - b) for ours, theirs in zip(shown(view), colors) for a, b in zip(ours, theirs)) <= 8, view
+
+
+def test_drawn_views_keep_their_share_and_stay_inside():
+    rng = random.Random(0)
+    views = [draw_view(0.6, True, rng) for _ in range(2000)]
+    for view in views:
+        assert view.left >= 0 and view.right <= 1 and view.right - view.left >= 0.6
+        assert view.top >= 0 and view.bottom <= 1 and view.bottom - view.top >= 0.6
+    assert 0.45 < sum(view.mirrored for view in views) / len(views) < 0.55
+    assert min(v.right - v.left for v in views) < 0.62 and max(v.right - v.left for v in views) > 0.98
+    assert not any(draw_view(0.6, False, rng).mirrored for _ in range(100))

@@ -23,7 +23,7 @@ from metalm.data.tokenizer import Tokenizer
 from metalm.encoders.fused import FusedProcessor
 from metalm.errors import ConfigError, DataError
 from metalm.objectives.mim import MIMLayout
-from metalm.segments import Batch
+from metalm.segments import Batch, Document, Span
 
 WORDS = ["a", "red", "green", "blue", "small", "circle", "square", "above", "below", "left", "of", "right", "the", "is"]
 
@@ -147,6 +147,30 @@ def test_epochs_differ_in_order_and_in_chance(data, interface):
         assert sorted(keys) == sorted(f"p{n}" for n in range(40))
         epochs.append((keys, contents(rows)))
     assert epochs[0][0] != epochs[1][0]
+
+
+def test_views_are_drawn_anew_each_epoch_and_equal_under_a_seed(interface, tmp_path):
+    noise = io.BytesIO()
+    Image.frombytes("RGB", (32, 32), random.Random(0).randbytes(3 * 32 * 32)).save(noise, "PNG")
+    write_shards([Sample(f"p{n}", noise.getvalue(), [caption(n)]) for n in range(10)], tmp_path, samples_per_shard=5)
+    whole = {"shards": str(tmp_path), "task": "image_text"}
+    viewed = settings(tmp_path, train=[{**whole, "crop": 0.5, "mirror": True}])
+
+    def rows(config: DataConfig, **options) -> list[list[Document]]:
+        stream = PackedStream(config.train, interface, config, **options)
+        return [row for row, _, _ in itertools.islice(stream.rows(0, 1), 40)]
+
+    def pictures(rows: list[list[Document]]) -> dict[str, set[bytes]]:
+        seen: dict[str, set[bytes]] = {}
+        for document in (document for row in rows for document in row):
+            for span in (segment for segment in document.all_segments if isinstance(segment, Span)):
+                seen.setdefault(document.key, set()).add(span.inputs["image"].numpy().tobytes())
+        return seen
+
+    as_stored, views = pictures(rows(settings(tmp_path, train=[whole]))), pictures(rows(viewed))
+    assert all(len(shown) == 1 for shown in as_stored.values())
+    assert sum(len(shown) > 1 for shown in views.values()) > len(views) / 2
+    assert views == pictures(rows(viewed)) != pictures(rows(viewed, seed=1))
 
 
 def test_the_mixture_keeps_its_weights(data, interface):
