@@ -7,6 +7,7 @@ ENCODERS = Registry(
     group="metalm.encoders",
     builtin={
         "text": "metalm.encoders.text:TextEncoder",
+        "causal": "metalm.encoders.causal:CausalEncoder",
         "fused": "metalm.encoders.fused:FusedEncoder",
         "two_tower": "metalm.encoders.two_tower:TwoTowerEncoder",
         "vit": "metalm.encoders.vit:ViT",

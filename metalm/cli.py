@@ -63,7 +63,7 @@ def train(
 
 @app.command()
 def evaluate(
-    task: Annotated[str, typer.Argument(help="vqa, captioning, classification, tagging, or infilling.")],
+    task: Annotated[str, typer.Argument(help="vqa, captioning, perplexity, classification, tagging, or infilling.")],
     model: Model,
     data: Shards,
     out: Annotated[Path, typer.Option(help="The result, a JSON file.")],
@@ -88,11 +88,16 @@ def evaluate(
     from metalm.inference.generate import GenerationConfig
     from metalm.registry import did_you_mean
 
-    tasks = ["vqa", "captioning", "classification", "tagging", "infilling"]
+    tasks = ["vqa", "captioning", "perplexity", "classification", "tagging", "infilling"]
     if task not in tasks:
         raise ConfigError(f"no evaluation is called {task!r}{did_you_mean(task, tasks)}")
     if spice and task != "captioning":
         raise ConfigError("--spice is for captioning")
+    if task == "perplexity":
+        from metalm.evaluation.perplexity import evaluate_perplexity
+
+        report_result(evaluate_perplexity(model, data, batch_size=batch_size, limit=limit), out)
+        return
     if task == "classification":
         from metalm.evaluation.classification import evaluate_classification
 

@@ -96,9 +96,14 @@ def read_part(name: str | Path, part: str) -> tuple[str, dict]:
     raise CheckpointError(f"{find_export(name)} has no {part} to start from; it has {', '.join(there)}")
 
 
+def source_of(where: str, encoder_type: str) -> str:
+    """The part that the part `where` of a model starts from: its like, but a causal encoder starts from a decoder."""
+    return "decoder" if encoder_type == "causal" else where
+
+
 def inherit(part: dict, name: str | Path, where: str) -> dict:
     """The plain configuration of a part that starts from an export's: its type and shape, and of `part` how it is used."""
-    _, source = read_part(name, where)
+    _, source = read_part(name, source_of(where, part.get("type", "")))
     shape = {key: value for key, value in source.items() if key not in USE}
     return shape | {key: value for key, value in part.items() if key in USE or key not in source}
 
@@ -117,7 +122,8 @@ def load_parts(model: nn.Module, config: Any, tokenizer: Tokenizer) -> None:
                 raise CheckpointError(
                     f"{name}.init_from: {part.init_from} was trained on another tokenizer's tokens: set tokenizer.path to it"
                 )
-            load_weights(module, part.init_from, read_part(part.init_from, name)[0] + ".")
+            source, _ = read_part(part.init_from, source_of(name, getattr(part, "type", "")))
+            load_weights(module, part.init_from, source + ".")
 
 
 def load_weights(model: nn.Module, name: str | Path, prefix: str = "") -> None:

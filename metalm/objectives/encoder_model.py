@@ -13,6 +13,8 @@ from metalm.errors import ConfigError
 from metalm.nn.freezing import set_trainable
 from metalm.segments import Batch
 
+TEXT_ENCODERS = ("text", "two_tower", "causal")
+
 
 @dataclass(kw_only=True)
 class EncoderModelConfig:
@@ -58,8 +60,10 @@ class HeadConfig(EncoderModelConfig):
         """Raises `ConfigError` where the labels or tags are no choice, or the encoder does not read texts alone."""
         if len(names) < 2 or len(set(names)) < len(names):
             raise ConfigError(f"{what} {names} must be two or more, all different")
-        if self.encoder.type not in ("text", "two_tower"):
-            raise ConfigError(f"encoder.type is {self.encoder.type!r}, a {self.type} of texts reads by 'text' or 'two_tower'")
+        if self.encoder.type not in TEXT_ENCODERS:
+            raise ConfigError(
+                f"encoder.type is {self.encoder.type!r}, a {self.type} of texts reads by one of: {', '.join(TEXT_ENCODERS)}"
+            )
         if self.encoder.connector is not None:
             raise ConfigError(f"encoder.connector is for a decoder, which a {self.type} does not have")
 

@@ -67,7 +67,10 @@ def test_long_texts_lose_the_end_of_the_longer_one(tokenizer):
     assert len(document) == 32 and text.endswith("</s>a dull film</d>") and text.startswith("<s>a fine film a fine")
 
 
-@pytest.mark.parametrize(("encoder", "pool"), [("text", "first"), ("two_tower", "ends"), ("two_tower", "ends, separator")])
+@pytest.mark.parametrize(
+    ("encoder", "pool"),
+    [("text", "first"), ("two_tower", "ends"), ("two_tower", "ends, separator"), ("causal", "ends, separator")],
+)
 def test_packed_texts_are_labelled_as_each_alone(tokenizer, encoder, pool):
     model = make_model(tokenizer, encoder, pool)
     samples = [sample("a film", "a great film"), sample("dull", "poor"), sample("a lovely film .", "fine")]
@@ -133,7 +136,7 @@ def test_what_is_refused(tokenizer, tmp_path):
     for change, message in (
         ({"labels": ["one"]}, "two or more"),
         ({"labels": ["one", "one"]}, "all different"),
-        ({"encoder": {"type": "vit", "layers": 1, "width": 8, "heads": 1}}, "'text' or 'two_tower'"),
+        ({"encoder": {"type": "vit", "layers": 1, "width": 8, "heads": 1}}, "one of: text, two_tower, causal"),
         ({"encoder": encoder | {"connector": {"type": "linear"}}}, r"encoder\.connector"),
     ):
         with pytest.raises(ConfigError, match=message):

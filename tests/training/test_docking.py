@@ -77,6 +77,21 @@ def test_an_encoder_of_text_becomes_metalms_with_the_same_states(sources, tmp_pa
     assert docked.config.encoders["text"].init_from == ""  # the export stands alone
 
 
+@pytest.mark.parametrize("positions", ["rotary", "sinusoidal"])
+def test_a_decoder_is_read_as_a_causal_encoder_with_the_same_states(sources, tmp_path, positions):
+    stack = {"type": "mim", "decoder": {**STACK, "positions": positions}}
+    run = train(load_run_config(write_run(tmp_path, "mim", stack, {}, tokenizer={"vocab_size": 300})))
+    part = {"type": "causal", "init_from": str(run)}
+    config = load_run_config(start_from(tmp_path, "docked", part, "text"), ["training.lr=1e-30"])
+    source, tokenizer = load_pretrained(run, torch.float64)
+    docked, _ = load_pretrained(train(config), torch.float64)
+    texts = [tokenizer.encode(text) for text in ("the red dog", "the blue hill . dog")]
+    collated = docked.processors["text"].collate([{"tokens": tokens} for tokens in texts])
+    states = docked.encoders["text"](**collated.inputs).flatten(0, 1)[collated.source]
+    alone = [source.hidden(make_batch([[Document([Text(tokens)])]], {}))[0] for tokens in texts]
+    assert torch.allclose(states, torch.cat(alone), rtol=0, atol=1e-12)
+
+
 def test_shape_is_the_sources_and_use_is_ones_own(sources, tmp_path):
     part = {"init_from": str(sources["pmlm"]), "type": "text", "layers": 7, "width": 8, "trainable": 1, "dropout": 0.2}
     text = load_run_config(start_from(tmp_path, "docked", part, "text")).model.encoders["text"]
