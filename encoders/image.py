@@ -1,7 +1,8 @@
-"""Image towers of timm and open_clip: patch states of any ViT-like model, with its own preprocessing."""
+"""Image towers of timm and open_clip: a state a patch, or a place of the feature map, with the model's own preprocessing."""
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ class ImageTower(Encoder):
         if states_NPD.shape[1:] != expected:
             raise ConfigError(
                 f"{self.name!r} gives states of shape {tuple(states_NPD.shape[1:])} a picture, not one for each of its "
-                f"patches {expected}: take a plain ViT, DeiT, BEiT or EVA"
+                f"patches {expected}: take a plain ViT, DeiT, BEiT or EVA, or a convolutional network"
             )
         return states_NPD
 
@@ -67,8 +68,10 @@ class ImageTower(Encoder):
 class TimmConfig(EncoderConfig):
     """`name` as in timm, e.g. `vit_small_patch16_224.augreg_in21k`; `image_size` 0 is the model's own.
 
-    `arguments` go to `timm.create_model` as they are (depth, embed_dim, drop_path_rate, …), but for `checkpoint_path`: a file
-    of weights, which may have a classifier, be of another image size, or of another layout that timm knows.
+    A convolutional network's states are the places of its last map of features: 7 x 7 of 224 x 224 pixels, or 14 x 14 with
+    `arguments: {output_stride: 16}`. `arguments` go to `timm.create_model` as they are (depth, embed_dim, drop_path_rate, …),
+    but for `checkpoint_path`: a file of weights, which may have a classifier, be of another image size, or of another layout
+    that timm knows.
     """
 
     name: str
@@ -78,7 +81,8 @@ class TimmConfig(EncoderConfig):
 
 
 class TimmEncoder(ImageTower):
-    """Any timm model that gives patch states (ViT, DeiT, BEiT, EVA, …), without its class and register tokens."""
+    """Any timm model that gives patch states (ViT, DeiT, BEiT, EVA, …), without its class and register tokens, or a map of
+    features (ResNet, RegNet, ConvNeXt, EfficientNet, …)."""
 
     Config = TimmConfig
 
@@ -91,36 +95,69 @@ class TimmEncoder(ImageTower):
         if not set(":/") & set(config.name) and not timm.is_model(architecture):  # hf-hub:… and local-dir:… are others
             raise ConfigError(f"timm has no model {architecture!r}{did_you_mean(architecture, timm.list_models())}")
         arguments = dict(config.arguments or {})
-        if config.image_size:
-            arguments["img_size"] = config.image_size
         checkpoint = arguments.pop("checkpoint_path", "")
-        try:
-            self.model = timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **arguments)
-        except TypeError as error:
-            raise ConfigError(f"timm model {config.name!r} does not take these arguments: {error}") from error
-        except (RuntimeError, OSError, ValueError, AssertionError) as error:
-            reason = str(error) or f"{type(error).__name__}, {arguments}"
-            raise ConfigError(f"timm model {config.name!r} cannot be made: {reason}") from error
-        if not hasattr(getattr(self.model, "patch_embed", None), "num_patches") or not hasattr(self.model, "blocks"):
-            raise ConfigError(f"timm model {config.name!r} gives no patch states; take a ViT, DeiT, BEiT or EVA")
+        self.model = make_timm_model(config, arguments)
         if checkpoint:
             load_timm_checkpoint(self.model, checkpoint)
-        # What pools the patch states has no part in this, and would count as trained.
+        # What pools the states has no part in this, and would count as trained.
         self.model.reset_classifier(0, "")
-        self.model.fc_norm = nn.Identity()
         data = timm.data.resolve_model_data_config(self.model)
+        size = config.image_size or data["input_size"][-1]
+        self.convolutional = not hasattr(self.model, "patch_embed")
+        if self.convolutional:
+            self.model.head = nn.Identity()
+            with torch.no_grad():
+                pixels = torch.zeros(1, 3, size, size, device="meta")
+                num_states = copy.deepcopy(self.model).to("meta").eval().forward_features(pixels)[0, 0].numel()
+        elif hasattr(self.model.patch_embed, "num_patches") and hasattr(self.model, "blocks"):
+            self.model.fc_norm = nn.Identity()
+            num_states = self.model.patch_embed.num_patches
+        else:
+            raise ConfigError(
+                f"timm model {config.name!r} gives no patch states; take a ViT, DeiT, BEiT or EVA, or a convolutional network"
+            )
         self.width = self.model.num_features
         self.skip = getattr(self.model, "num_prefix_tokens", 0)
         self.set_pixel_statistics(data["mean"], data["std"])
-        size = config.image_size or data["input_size"][-1]
-        self.processor = ImageProcessor(size, self.model.patch_embed.num_patches, data["interpolation"])
+        self.processor = ImageProcessor(size, num_states, data["interpolation"])
 
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
-        return self.checked(self.model.forward_features(self.normalize(pixels_N3HW))[:, self.skip :])
+        x_N3HW = self.normalize(pixels_N3HW)
+        if not self.convolutional:
+            return self.checked(self.model.forward_features(x_N3HW)[:, self.skip :])
+        dtype = x_N3HW.dtype
+        for module in self.model.modules():  # a batch norm's statistics must be as its weights (under DeepSpeed they are not)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean.dtype != dtype:
+                module.running_mean, module.running_var = module.running_mean.to(dtype), module.running_var.to(dtype)
+        # With the channels last, convolutions of few channels a group run half as fast again on a CPU.
+        features_NDHW = self.model.forward_features(x_N3HW.contiguous(memory_format=torch.channels_last))
+        return self.checked(features_NDHW.flatten(2).transpose(1, 2))
 
     def layers(self) -> list[nn.Module]:
+        if self.convolutional:
+            return [self.model.get_submodule(stage["module"]) for stage in self.model.feature_info]
         blocks = self.model.blocks
         return [*blocks[:-1], nn.ModuleList([blocks[-1], self.model.norm])]
+
+
+def make_timm_model(config: TimmConfig, arguments: dict) -> nn.Module:
+    """Raises `ConfigError` where timm cannot make it so."""
+    import timm
+
+    sized = arguments | ({"img_size": config.image_size} if config.image_size else {})
+    try:
+        try:
+            return timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **sized)
+        except TypeError as error:
+            if sized == arguments or "img_size" not in str(error):
+                raise
+        # Only a model of patches is made for a size.
+        return timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **arguments)
+    except TypeError as error:
+        raise ConfigError(f"timm model {config.name!r} does not take these arguments: {error}") from error
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        reason = str(error) or f"{type(error).__name__}, {sized}"
+        raise ConfigError(f"timm model {config.name!r} cannot be made: {reason}") from error
 
 
 def load_timm_checkpoint(model: nn.Module, path: str) -> None:

@@ -1,9 +1,9 @@
 """A plain vision Transformer of our own, made to be trained from scratch together with the decoder.
 
     pixels -> patches, normalised -> linear map + position -> pre-norm Transformer -> one state a patch
-    pixels -> 3 x 3 convolutions with stride 2 ---^                        (stem: convolutions)
 
-Pretrained towers come from timm and open_clip; see `metalm.encoders.image`.
+Pretrained towers, and convolutional networks, which learn to see from fewer pictures, come from timm and open_clip; see
+`metalm.encoders.image`.
 """
 
 from __future__ import annotations
@@ -38,12 +38,8 @@ class ImageShape:
 
 @dataclass(kw_only=True)
 class ViTConfig(ImageShape, TransformerConfig, EncoderConfig):
-    """A stack over (`image_size` / `patch_size`) squared patches, whose positions are learned.
+    """A stack over (`image_size` / `patch_size`) squared patches, whose positions are learned."""
 
-    `stem` is what reads a patch: a linear map, or convolutions, which learn to see from fewer pictures.
-    """
-
-    stem: Literal["linear", "convolutions"] = "linear"
     positions: Literal["none"] = "none"  # the patches bring their own
 
     def __post_init__(self):
@@ -51,8 +47,6 @@ class ViTConfig(ImageShape, TransformerConfig, EncoderConfig):
         ImageShape.__post_init__(self)
         if self.relative_bias:
             raise ConfigError("relative_bias is not for patches, which lie in two dimensions")
-        if self.stem == "convolutions" and (self.patch_size < 2 or self.patch_size.bit_count() != 1):
-            raise ConfigError(f"convolutions halve a picture's sides: patch_size {self.patch_size} must be a power of 2")
 
 
 class PatchEmbedding(nn.Module):
@@ -79,30 +73,6 @@ class PatchEmbedding(nn.Module):
         return self.map(self.norm(patches.to(self.map.weight.dtype) / 255)) * self.scale + self.positions.weight
 
 
-class ConvolutionalStem(nn.Module):
-    """Convolutions that halve the sides until a patch is a place, their channels doubling up to the width, then as
-    `PatchEmbedding`. Source: "Early Convolutions Help Transformers See Better" (arXiv 2106.14881)."""
-
-    def __init__(self, shape: ImageShape, width: int):
-        super().__init__()
-        halvings = shape.patch_size.bit_length() - 1
-        channels = [3, *(max(8, width >> (halvings - n)) for n in range(1, halvings + 1))]
-        self.blocks = nn.Sequential(
-            *(
-                nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(1, after), nn.GELU())
-                for before, after in zip(channels, channels[1:])
-            )
-        )
-        self.map = nn.Linear(channels[-1], width)
-        self.scale = width**-0.5
-        self.positions = nn.Embedding(shape.num_patches, width)
-
-    def forward(self, pixels_N3HW: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] -> [N, P, D], patches in reading order."""
-        x_NCHW = self.blocks(pixels_N3HW.to(self.map.weight.dtype) / 127.5 - 1)
-        return self.map(x_NCHW.flatten(2).transpose(1, 2)) * self.scale + self.positions.weight
-
-
 class ViT(Encoder):
     Config = ViTConfig
 
@@ -110,7 +80,7 @@ class ViT(Encoder):
         super().__init__()
         self.width = config.width
         self.processor = ImageProcessor(config.image_size, config.num_patches, "bicubic")
-        self.patches = (ConvolutionalStem if config.stem == "convolutions" else PatchEmbedding)(config, config.width)
+        self.patches = PatchEmbedding(config, config.width)
         self.patches.apply(init_weights)
         self.transformer = Transformer(config)
 

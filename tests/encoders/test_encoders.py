@@ -22,17 +22,9 @@ CLIP = {"type": "open_clip", "name": "ViT-S-32-alt", "image_size": 64}  # open_c
 CONFIGS = {
     "text": {"type": "text", **SIZE},
     "two_tower": {"type": "two_tower", **SIZE},
+    "causal": {"type": "causal", **SIZE},
     "fused": {"type": "fused", **SIZE, "image_size": 16, "patch_size": 8},
     "vit": {"type": "vit", "layers": 3, "width": 16, "heads": 2, "image_size": 16, "patch_size": 8},
-    "vit, convolutions": {
-        "type": "vit",
-        "layers": 3,
-        "width": 16,
-        "heads": 2,
-        "image_size": 16,
-        "patch_size": 8,
-        "stem": "convolutions",
-    },
     "fused, experts": {"type": "fused", **SIZE, "image_size": 16, "patch_size": 8, "experts": True, "fusion_layers": 1},
     "timm ViT": VIT,
     "timm BEiT": {
@@ -54,6 +46,8 @@ CONFIGS = {
         "image_size": 32,
         "arguments": {"depth": 3, "embed_dim": 24, "num_heads": 2},
     },
+    "timm ResNet": {"type": "timm", "name": "resnet10t", "image_size": 64, "arguments": {"output_stride": 16}},
+    "timm ConvNeXt": {"type": "timm", "name": "convnext_atto", "image_size": 70},
     "open_clip": CLIP,
 }
 
@@ -143,7 +137,8 @@ def test_the_last_layers_alone_train(encoder, trainable):
     last = {id(p) for layer in layers[-trainable:] for p in layer.parameters()} if trainable != "all" else None
     expected = {n for n, p in encoder.named_parameters() if last is None or id(p) in last}
     assert got == expected  # nothing that counts as trained goes without a gradient
-    assert len(layers) == (12 if isinstance(encoder, ENCODERS["open_clip"]) else 3)
+    stages = len(encoder.model.feature_info) if getattr(encoder, "convolutional", False) else 3
+    assert len(layers) == (12 if isinstance(encoder, ENCODERS["open_clip"]) else stages)
     set_trainable(encoder, layers, "all", "encoder")
 
 
@@ -174,6 +169,32 @@ def test_timm_states_are_timms(encoders, name):
         ours = encoder(encoder.processor.load({"image": noise(3)})["image"][None])
     torch.testing.assert_close(ours, states, rtol=1e-4, atol=1e-5)
     assert ours.shape[1] == (values["image_size"] // int(values["name"].split("patch")[1][:2])) ** 2
+
+
+@pytest.mark.parametrize("name, places", [("timm ResNet", 16), ("timm ConvNeXt", 4)])
+def test_a_convolutional_networks_states_are_its_feature_map(encoders, name, places):
+    encoder, values = encoders[name], CONFIGS[name]
+    model = timm.create_model(values["name"], num_classes=0, **values.get("arguments", {})).eval()
+    assert not model.load_state_dict(encoder.model.state_dict(), strict=False).unexpected_keys
+    config = timm.data.resolve_model_data_config(model)
+    with torch.no_grad():
+        features_NDHW = model.forward_features(normalised(encoder, noise(3), config["mean"], config["std"]))
+        ours = encoder(encoder.processor.load({"image": noise(3)})["image"][None])
+    assert ours.shape == (1, places, encoder.width)
+    torch.testing.assert_close(ours, features_NDHW.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norms_learn_in_the_weights_precision():
+    """DeepSpeed casts weights to bfloat16 and leaves the statistics in float32."""
+    encoder = make(CONFIGS["timm ResNet"]).train()
+    before = encoder.model.bn1.running_mean.clone()
+    for parameter in encoder.parameters():
+        parameter.data = parameter.data.bfloat16()
+    pixels = torch.stack([encoder.processor.load({"image": noise(n)})["image"] for n in range(2)])
+    states = encoder(pixels)
+    states.float().square().sum().backward()
+    assert states.dtype == torch.bfloat16 and encoder.model.conv1[0].weight.grad.isfinite().all()
+    assert not torch.equal(encoder.model.bn1.running_mean.float(), before)
 
 
 def test_open_clip_states_are_open_clips(encoders):
@@ -255,7 +276,7 @@ def test_open_clip_checkpoints_load(tmp_path):
     [
         ({**VIT, "name": "vit_tinny_patch16_224"}, "did you mean 'vit_tiny_patch16_224'"),
         ({**VIT, "name": "swin_tiny_patch4_window7_224", "arguments": {"depths": 1}}, "swin_tiny"),
-        ({"type": "timm", "name": "resnet18"}, "resnet18' gives no patch states|resnet18' cannot be made"),
+        ({"type": "timm", "name": "swin_tiny_patch4_window7_224"}, "swin_tiny_patch4_window7_224' gives no patch states"),
         ({**VIT, "arguments": {"dept": 2}}, r"does not take these arguments: .*'dept'"),
         ({**VIT, "arguments": {"checkpoint_path": "/no/such.pth"}}, r"/no/such\.pth' cannot be loaded"),
         ({**CLIP, "name": "ViT-S-32-allt"}, "no model 'ViT-S-32-allt'; did you mean 'ViT-S-32-alt'"),
@@ -266,7 +287,6 @@ def test_open_clip_checkpoints_load(tmp_path):
         ({"type": "fused", "layers": 1, "width": 8, "heads": 1}, "vocab_size is not set"),
         ({**CONFIGS["fused"], "patch_size": 5}, "image_size 16 is no multiple of patch_size 5"),
         ({**CONFIGS["vit"], "patch_size": 0}, "image_size 16 is no multiple of patch_size 0"),
-        ({**CONFIGS["vit, convolutions"], "image_size": 12, "patch_size": 6}, "patch_size 6 must be a power of 2"),
         ({**CONFIGS["vit"], "image_size": 0}, "image_size 0 is no multiple of patch_size 8"),
         ({**CONFIGS["vit"], "relative_bias": True}, "relative_bias is not for patches"),
         ({**CONFIGS["fused"], "relative_bias": True}, "relative_bias is not for the fused encoder"),
