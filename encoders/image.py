@@ -125,13 +125,24 @@ class TimmEncoder(ImageTower):
         x_N3HW = self.normalize(pixels_N3HW)
         if not self.convolutional:
             return self.checked(self.model.forward_features(x_N3HW)[:, self.skip :])
-        dtype = x_N3HW.dtype
-        for module in self.model.modules():  # a batch norm's statistics must be as its weights (under DeepSpeed they are not)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean.dtype != dtype:
-                module.running_mean, module.running_var = module.running_mean.to(dtype), module.running_var.to(dtype)
+        for norm in self.batch_norms():  # statistics must be in the weights' precision (under DeepSpeed they are not)
+            if norm.running_mean.dtype != x_N3HW.dtype:
+                norm.running_mean = norm.running_mean.to(x_N3HW.dtype)
+                norm.running_var = norm.running_var.to(x_N3HW.dtype)
         # With the channels last, convolutions of few channels a group run half as fast again on a CPU.
         features_NDHW = self.model.forward_features(x_N3HW.contiguous(memory_format=torch.channels_last))
         return self.checked(features_NDHW.flatten(2).transpose(1, 2))
+
+    def batch_norms(self) -> list[nn.Module]:
+        return [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def train(self, mode: bool = True) -> TimmEncoder:
+        """As any module's; but frozen batch norms go on normalising by what they have learned."""
+        super().train(mode)
+        for norm in self.batch_norms():
+            if not norm.weight.requires_grad:
+                norm.eval()
+        return self
 
     def layers(self) -> list[nn.Module]:
         if self.convolutional:

@@ -197,6 +197,17 @@ def test_batch_norms_learn_in_the_weights_precision():
     assert not torch.equal(encoder.model.bn1.running_mean.float(), before)
 
 
+def test_frozen_batch_norms_go_on_by_what_they_learned():
+    encoder = make(CONFIGS["timm ResNet"])
+    pixels = torch.stack([encoder.processor.load({"image": noise(n)})["image"] for n in range(2)])
+    with torch.no_grad():
+        expected = encoder(pixels)
+        set_trainable(encoder, encoder.layers(), "none", "encoder")
+        assert torch.equal(encoder.train()(pixels), expected)
+        set_trainable(encoder, encoder.layers(), "all", "encoder")
+        assert not torch.equal(encoder.train()(pixels), expected)
+
+
 def test_open_clip_states_are_open_clips(encoders):
     encoder = encoders["open_clip"]
     model = open_clip.create_model("ViT-S-32-alt", force_image_size=64).visual.eval()
