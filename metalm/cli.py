@@ -62,6 +62,21 @@ def train(
 
 
 @app.command()
+def compare(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a bundled one such as compare/text.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example seeds=[0].")] = None,
+) -> None:
+    """Pretrain in several ways on the same text and judge all by the same yardsticks; the same command resumes."""
+    from metalm.compare import compare as run
+    from metalm.compare import load_compare_config
+
+    compare_config = load_compare_config(config, overrides or [])
+    run(compare_config)
+    print((Path(compare_config.out) / "comparison.md").read_text())
+    print(Path(compare_config.out) / "comparison.html")
+
+
+@app.command()
 def evaluate(
     task: Annotated[str, typer.Argument(help="vqa, captioning, perplexity, classification, tagging, or infilling.")],
     model: Model,
