@@ -3,7 +3,8 @@
 In a text file a blank line ends a document. WikiText is the exception: there a blank line stands around every heading,
 so once a paragraph is a title of the first level (` = Robert Boulter = `), the document runs from title to title and
 keeps its inner headings and blank lines. `per` says otherwise: a whole file or each line is one. In a .jsonl file each row
-is. Any of these may be .gz; a folder is searched for .txt and .jsonl files, in the order of their paths.
+is, and program text (.py) is one document, blank lines and all. Any of these may be .gz; a folder is searched for .txt, .md,
+.py and .jsonl files, in the order of their paths.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from metalm.data.sample import Sample
 from metalm.errors import DataError
 
 TITLE = re.compile(r"\s*= [^=].* =\s*")
-FOLDER_FILES = re.compile(r".*\.(txt|jsonl)(\.gz)?")
+FOLDER_FILES = re.compile(r".*\.(txt|md|py|jsonl)(\.gz)?")
 
 
 def text(path: str | Path, text_column: str = "text", per: str = "document") -> Iterator[Sample]:
@@ -79,7 +80,7 @@ def _documents(file: Path, text_column: str, per: str) -> Iterator[str]:
                 yield row[text_column].strip()
     elif per == "line":
         yield from (line.strip() for _, line in read_lines(file) if line.strip())
-    elif per == "file":
+    elif per == "file" or file.name.removesuffix(".gz").endswith(".py"):
         document = "\n".join(line for _, line in read_lines(file)).strip()
         if document:
             yield document
@@ -92,5 +93,5 @@ def _files(path: Path) -> list[Path]:
         return [path]
     files = sorted(file for file in path.rglob("*") if file.is_file() and FOLDER_FILES.fullmatch(file.name))
     if not files:
-        raise DataError(f"{path}: no .txt or .jsonl file (or .gz of one) in this folder")
+        raise DataError(f"{path}: no .txt, .md, .py or .jsonl file (or .gz of one) in this folder")
     return files

@@ -425,9 +425,16 @@ def test_text_from_a_folder(tmp_path):
     (tmp_path / "ignored.csv").write_text("a,b")
     write_jsonl(tmp_path / "c.jsonl", [{"text": "row one"}, {"text": "  "}, {"text": "row\n\ntwo"}])
     (tmp_path / "deep/a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "zipped"}\n'))
+    (tmp_path / "program.py").write_text("def f():\n\n    return 1\n")
     samples = load("text", path=tmp_path)
-    assert [sample.text for sample in samples] == ["from text", "row one", "row\n\ntwo", "zipped"]
-    assert len({sample.key for sample in samples}) == 4
+    assert [sample.text for sample in samples] == [
+        "from text",
+        "row one",
+        "row\n\ntwo",
+        "zipped",
+        "def f():\n\n    return 1",
+    ]
+    assert len({sample.key for sample in samples}) == 5
     write_shards(samples, tmp_path / "out")
     assert list(read_samples(str(tmp_path / "out"))) == samples
 
