@@ -316,7 +316,7 @@ def run_cell(config: CompareConfig, cell: Cell, processes: Processes) -> None:
         data = yardstick.data or str(out / ("holes.jsonl" if yardstick.task == "infilling" else "corpus/val"))
         command = ["evaluate", yardstick.task, "--model", str(model), "--data", data, "--out", str(path)]
         processes.run(command, path.with_suffix(".log"))
-        console.print(f"{name}: {title} {100 * read_metric(path, yardstick.metric):.1f} %", highlight=False)
+        console.print(f"{name}: {title} {read_metric(path, yardstick.metric):.4g}", highlight=False)
 
 
 def encoder_of(run: Path) -> str:
