@@ -63,7 +63,7 @@ def train(
 
 @app.command()
 def evaluate(
-    task: Annotated[str, typer.Argument(help="vqa, captioning, classification, tagging, or infilling.")],
+    task: Annotated[str, typer.Argument(help="vqa, captioning, classification, tagging, seq2seq, or infilling.")],
     model: Model,
     data: Shards,
     out: Annotated[Path, typer.Option(help="The result, a JSON file.")],
@@ -88,7 +88,7 @@ def evaluate(
     from metalm.inference.generate import GenerationConfig
     from metalm.registry import did_you_mean
 
-    tasks = ["vqa", "captioning", "classification", "tagging", "infilling"]
+    tasks = ["vqa", "captioning", "classification", "tagging", "seq2seq", "infilling"]
     if task not in tasks:
         raise ConfigError(f"no evaluation is called {task!r}{did_you_mean(task, tasks)}")
     if spice and task != "captioning":
@@ -102,6 +102,11 @@ def evaluate(
         from metalm.evaluation.tagging import evaluate_tagging
 
         report_result(evaluate_tagging(model, data, batch_size, limit), out)
+        return
+    if task == "seq2seq":
+        from metalm.evaluation.seq2seq import evaluate_seq2seq
+
+        report_result(evaluate_seq2seq(model, data, max_new_tokens, batch_size, limit), out)
         return
     if task == "infilling":
         from metalm.evaluation.infilling import Infiller, evaluate_infilling
@@ -192,9 +197,10 @@ def generate(
     if image is not None and not image.is_file():
         raise DataError(f"no picture at {image}")
     if read_model_config(model).get("type") == "seq2seq":
-        from metalm.inference.write import write_text
+        from metalm.inference.write import write_texts
+        from metalm.pretrained import load_pretrained
 
-        print(write_text(model, prompt, max_new_tokens))
+        print(write_texts(*load_pretrained(model), [prompt], max_new_tokens)[0])
         return
     settings = GenerationConfig(max_new_tokens, beams, temperature, top_p, length_penalty, seed)
     predictor = Predictor.load(model, settings, dtype=dtype)
