@@ -1,4 +1,11 @@
-"""Text to token ids: a byte-level BPE trained here with `tokenizers`, or any Hugging Face tokenizer.
+"""Text to token ids: a byte-level BPE or whole words, trained here with `tokenizers`, or any Hugging Face tokenizer.
+
+    text      New York's mayors, re-elected
+    words     | New| York|'s| mayors|,| re|-|elected|        where the BPE cuts first, and never joins across
+
+Where letters, digits and other signs meet, a word ends; the space before it belongs to it (at a text's beginning there is taken
+to be one), so that texts of known words come back as they were. Words are numbered from the commonest to the rarest, as an
+adaptive softmax wants them. One that is not among them is `<unk>`, to a model that reads spellings too.
 
 The special tokens are the paper's: `<s>` starts a text, `</s>` ends a turn (a caption, an answer), `</d>` ends a document.
 A tokenizer that lacks one lends its own beginning- or end-of-sequence token.
@@ -12,7 +19,7 @@ from pathlib import Path
 
 from metalm.errors import ConfigError
 
-START, END, DOCUMENT_END = "<s>", "</s>", "</d>"
+START, END, DOCUMENT_END, UNKNOWN = "<s>", "</s>", "</d>", "<unk>"
 FILE = "tokenizer.json"
 
 
@@ -60,6 +67,20 @@ class Tokenizer:
         """The text of the tokens, special ones left out."""
         return self.backend.decode(list(tokens), skip_special_tokens=True)
 
+    def spellings(self) -> list[str]:
+        """How the tokens 0, 1, … are written, space before them included: what a model reads that goes by characters.
+
+        A byte-level token is the text that it stands for, if it is whole characters; any other is as in the vocabulary.
+        """
+        from tokenizers import decoders
+
+        names = {i: name for name, i in self.backend.get_vocab().items()}
+        tokens = [names.get(i, "") for i in range(self.size)]
+        if not isinstance(self.backend.decoder, decoders.ByteLevel):
+            return tokens
+        texts = [self.backend.decoder.decode([token]) for token in tokens]
+        return [token if "\ufffd" in text else text for token, text in zip(tokens, texts)]
+
     def save(self, folder: str | Path) -> None:
         self.backend.save(str(Path(folder) / FILE))
 
@@ -94,12 +115,9 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Byte-level BPE on the texts: no unknown characters, spaces belong to the word that follows."""
-        from tokenizers import Tokenizer as Backend
-        from tokenizers import decoders, models, pre_tokenizers, trainers
+        from tokenizers import models, pre_tokenizers, trainers
 
-        backend = Backend(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
+        backend = _byte_level(models.BPE(), add_prefix_space=False)
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[START, END, DOCUMENT_END],
@@ -108,3 +126,27 @@ class Tokenizer:
         )
         backend.train_from_iterator(texts, trainer)
         return cls(backend)
+
+    @classmethod
+    def train_words(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """The commonest words of the texts, as many as `vocab_size` holds beside the special tokens and `<unk>`."""
+        from tokenizers import models, trainers
+
+        special = [START, END, DOCUMENT_END]
+        counted = _byte_level(models.WordLevel(unk_token=UNKNOWN), add_prefix_space=True)
+        trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=[*special, UNKNOWN], show_progress=False)
+        counted.train_from_iterator(texts, trainer)
+        backend = _byte_level(models.WordLevel(counted.get_vocab(), unk_token=UNKNOWN), add_prefix_space=True)
+        backend.add_special_tokens(special)  # `<unk>` is none, so that `decode` shows it
+        return cls(backend)
+
+
+def _byte_level(model, add_prefix_space: bool):
+    """A `tokenizers.Tokenizer` that cuts texts where letters, digits and other signs meet, and puts them together again."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, pre_tokenizers
+
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space)
+    backend.decoder = decoders.ByteLevel()
+    return backend

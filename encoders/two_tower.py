@@ -59,8 +59,8 @@ class TwoTowerConfig(TransformerConfig, EncoderConfig):
     """Two stacks of `layers` each over a vocabulary (0: the tokenizer's).
 
     `combination` is what a docked or fine-tuned encoder's states see; pretraining always goes by `full`. `bias_kv` gives every
-    attention one more key and value, learned and the same everywhere. With `characters`, tokens are words, read by their
-    spelling.
+    attention one more key and value, learned and the same everywhere. With `characters`, tokens are read by their spelling, be
+    they words or pieces of words.
     """
 
     type: str = "two_tower"

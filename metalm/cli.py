@@ -78,7 +78,7 @@ def compare(
 
 @app.command()
 def evaluate(
-    task: Annotated[str, typer.Argument(help="vqa, captioning, perplexity, classification, tagging, or infilling.")],
+    task: Annotated[str, typer.Argument(help="vqa, captioning, perplexity, classification, tagging, seq2seq, or infilling.")],
     model: Model,
     data: Shards,
     out: Annotated[Path, typer.Option(help="The result, a JSON file.")],
@@ -103,7 +103,7 @@ def evaluate(
     from metalm.inference.generate import GenerationConfig
     from metalm.registry import did_you_mean
 
-    tasks = ["vqa", "captioning", "perplexity", "classification", "tagging", "infilling"]
+    tasks = ["vqa", "captioning", "perplexity", "classification", "tagging", "seq2seq", "infilling"]
     if task not in tasks:
         raise ConfigError(f"no evaluation is called {task!r}{did_you_mean(task, tasks)}")
     if spice and task != "captioning":
@@ -122,6 +122,11 @@ def evaluate(
         from metalm.evaluation.tagging import evaluate_tagging
 
         report_result(evaluate_tagging(model, data, batch_size, limit), out)
+        return
+    if task == "seq2seq":
+        from metalm.evaluation.seq2seq import evaluate_seq2seq
+
+        report_result(evaluate_seq2seq(model, data, max_new_tokens, batch_size, limit), out)
         return
     if task == "infilling":
         from metalm.evaluation.infilling import Infiller, evaluate_infilling
@@ -212,9 +217,10 @@ def generate(
     if image is not None and not image.is_file():
         raise DataError(f"no picture at {image}")
     if read_model_config(model).get("type") == "seq2seq":
-        from metalm.inference.write import write_text
+        from metalm.inference.write import write_texts
+        from metalm.pretrained import load_pretrained
 
-        print(write_text(model, prompt, max_new_tokens))
+        print(write_texts(*load_pretrained(model), [prompt], max_new_tokens)[0])
         return
     settings = GenerationConfig(max_new_tokens, beams, temperature, top_p, length_penalty, seed)
     predictor = Predictor.load(model, settings, dtype=dtype)

@@ -16,7 +16,10 @@ A model is a module with
 
 from typing import Any
 
+from torch import nn
+
 from metalm.data.tokenizer import Tokenizer
+from metalm.nn.words import CharacterEmbedding
 from metalm.registry import Registry
 
 MODELS = Registry(
@@ -50,3 +53,13 @@ def fit_to_tokenizer(config: Any, tokenizer: Tokenizer) -> None:
     for name in config.special_tokens:
         setattr(config, token_field(name), tokenizer.special(name))
     config.set_vocab_size(tokenizer.size)
+
+
+def spell_tokens(model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Tells the parts of a new model that read tokens by their characters how these are written.
+
+    It is kept with the weights: a model that is loaded needs no spelling.
+    """
+    for module in model.modules():
+        if isinstance(module, CharacterEmbedding):
+            module.spell(tokenizer.spellings())

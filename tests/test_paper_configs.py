@@ -133,3 +133,13 @@ def test_text_side_modes_have_the_papers_sizes(name, parameters):
     config = load_run_config(f"text/{name}-paper.yaml")
     fill_in_tokens(config)
     assert estimate(config, 1)["total"]["all"] == pytest.approx(parameters, rel=0.012)
+
+
+@pytest.mark.parametrize(("blocks", "query", "parameters"), [(6, "sum", 177e6), (12, "concat", 330e6)])
+def test_cloze_on_words_has_the_papers_sizes(blocks, query, parameters):
+    """As the configuration's header says; the softmax is not counted, which grows with the vocabulary."""
+    changes = ["tokenizer.type=words", "tokenizer.vocab_size=800000", "model.cutoffs=[60000, 220000]"]
+    changes += ["model.encoder.characters={}", f"model.encoder.layers={blocks}", f"model.encoder.query={query}"]
+    config = load_run_config("text/cloze-paper.yaml", changes)
+    fill_in_tokens(config)
+    assert estimate(config, 1)["parameters"]["encoder"]["all"] == pytest.approx(parameters, rel=0.006)

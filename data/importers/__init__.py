@@ -18,6 +18,7 @@ from metalm.data.importers.flickr8k import flickr8k
 from metalm.data.importers.jsonl import jsonl
 from metalm.data.importers.labelled import labelled
 from metalm.data.importers.okvqa import okvqa
+from metalm.data.importers.pairs import pairs
 from metalm.data.importers.questions import questions
 from metalm.data.importers.text import text
 from metalm.data.importers.vqav2 import vqav2
@@ -39,7 +40,8 @@ IMPORTERS: dict[str, Importer] = {
     "okvqa": Importer(okvqa, "OK-VQA: OpenEnded_mscoco_*_questions.json and mscoco_*_annotations.json"),
     "daquar": Importer(daquar, "DAQUAR: qa.*.txt, questions and answers on alternate lines"),
     "conll": Importer(conll, "words with tags, a word a line, as CoNLL's and WNUT's files"),
-    "labelled": Importer(labelled, "texts, or pairs of texts, with labels: tab-separated with a header, or JSON Lines"),
+    "labelled": Importer(labelled, "texts, or pairs of texts, with labels: .tsv or .csv with a header, or JSON Lines"),
+    "pairs": Importer(pairs, "texts and what they become (E2E NLG's CSV): .csv or .tsv with a header, or JSON Lines"),
     "questions": Importer(questions, "questions made by rule from the captions of shards, on texts or on images"),
     "text": Importer(text, "plain text or JSON Lines, .gz of either, or a folder of these"),
     "jsonl": Importer(jsonl, "your own data: JSON Lines with image, caption(s), question, answer(s) columns by name"),

@@ -1,11 +1,13 @@
-"""Reading annotation files: lines, JSON and JSON Lines, plain or .gz, with errors that name the file and the line."""
+"""Reading annotation files: lines, tables, JSON and JSON Lines, plain or .gz, with errors that name the file and the line."""
 
 from __future__ import annotations
 
+import csv
+import difflib
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,50 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: a JSON object was expected, found {line[:60]!r}")
         yield number, row
+
+
+def read_table(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a table with their line number: .csv and .tsv with a header line, or JSON Lines, each or .gz of it.
+
+    Cells of a .csv may be quoted; those of a .tsv are as they stand (GLUE's files hold single quotation marks).
+
+    Args:
+        columns: those that every row must have.
+
+    Raises:
+        DataError: a row has another number of cells than the header, or lacks a column, or the file cannot be read.
+    """
+    path = Path(path)
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    rows = read_jsonl(path) if kind == ".jsonl" else _read_cells(path, quoted=kind == ".csv")
+    for number, row in rows:
+        for column in columns:
+            if column not in row:
+                near = difflib.get_close_matches(column, row, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise DataError(f"{path}, line {number}: no column {column!r} (columns: {', '.join(row)}){hint}")
+        yield number, row
+
+
+def _read_cells(path: Path, quoted: bool) -> Iterator[tuple[int, dict[str, str]]]:
+    lines = read_lines(path)
+    if quoted:
+        reader = csv.reader((line + "\n" for _, line in lines), strict=True)
+        table = ((reader.line_num, cells) for cells in reader if cells)
+    else:
+        table = ((number, line.split("\t")) for number, line in lines)
+    header: list[str] = []
+    try:
+        for number, cells in table:
+            if not header:
+                header = cells
+            elif len(cells) != len(header):
+                start = cells[0][:60]
+                raise DataError(f"{path}, line {number}: {len(cells)} cells under a header of {len(header)}: {start!r}")
+            else:
+                yield number, dict(zip(header, cells))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not a table ({error})") from error
 
 
 def read_json(path: str | Path, *fields: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass
 class Prediction:
-    """One answered sample: what was said, what was right, and the score in [0, 1] (CIDEr for captions)."""
+    """One answered sample: what was said, what was right, and the score in [0, 1] (CIDEr for captions, ROUGE-L for texts)."""
 
     id: str
     prediction: str

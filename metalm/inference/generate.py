@@ -177,7 +177,7 @@ def _is_done(ended: list[tuple[float, list[int]]], best_open: float, length: int
     return max(score for score, _ in ended) >= best_open / longest**config.length_penalty
 
 
-def batched(prompts: Sequence[Document], size: int) -> Iterator[list[int]]:
+def batched(prompts: Sequence[Document] | Sequence[list[int]], size: int) -> Iterator[list[int]]:
     """Numbers of prompts in batches of similar length, longest first, so that little is padded."""
     order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
     for start in range(0, len(order), size):

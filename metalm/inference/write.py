@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalm.errors import DataError
+from metalm.data.tokenizer import Tokenizer
+from metalm.errors import ConfigError, DataError
+from metalm.inference.generate import batched
 from metalm.nn.attention import KVCache, Mask, attend
 from metalm.nn.transformer import Section
 from metalm.objectives.seq2seq import Seq2Seq
-from metalm.pretrained import load_pretrained
 
 
 class Writing:
@@ -72,11 +73,27 @@ class NewColumns(Section):
         return attend(q_BHTD, k_BGTD, v_BGTD, self.mask, self.bias_BHQK, dropout)
 
 
-def write_text(name: str, source: str, max_new_tokens: int = 64) -> str:
-    """What a text becomes by the model of an export, a run, or a Hub id."""
-    model, tokenizer = load_pretrained(name)
-    tokens = model.layout.source(source, tokenizer, model.config.encoder.max_positions - max_new_tokens)
-    return tokenizer.decode(write(model, [tokens], tokenizer.end, max_new_tokens)[0]).strip()
+def write_texts(
+    model: Seq2Seq, tokenizer: Tokenizer, texts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 64
+) -> list[str]:
+    """What each text becomes; of a text too long for the encoder its beginning is read.
+
+    Raises:
+        ConfigError: `max_new_tokens` leave no room for a source.
+    """
+    positions = model.config.encoder.max_positions
+    if positions - max_new_tokens < 3:
+        raise ConfigError(
+            f"max_new_tokens {max_new_tokens} leave no room for a text among the encoder's {positions} positions: "
+            f"at most {positions - 3}"
+        )
+    sources = [model.layout.source(text, tokenizer, positions - max_new_tokens) for text in texts]
+    written = [""] * len(texts)
+    for numbers in batched(sources, batch_size):
+        outputs = write(model, [sources[n] for n in numbers], tokenizer.end, max_new_tokens)
+        for n, tokens in zip(numbers, outputs):
+            written[n] = tokenizer.decode(tokens).strip()
+    return written
 
 
 @torch.inference_mode()

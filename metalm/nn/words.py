@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -59,19 +60,22 @@ class CharacterEmbedding(nn.Module):
         nn.init.ones_(self.highway.bias[features:])  # starts by carrying most of its input through
 
     def spell(self, words: Sequence[str]) -> None:
-        """Sets the characters of the words with ids 0, 1, …"""
+        """Sets the characters of the words with ids 0, 1, …; ids beyond them, which no text has, are written as nothing."""
         V, C = self.table_VC.shape
-        if len(words) != V:
+        if len(words) > V:
             raise ValueError(f"{len(words):,} words for a vocabulary of {V:,}")
-        for row_C, word in zip(self.table_VC, words):
+        for row_C, word in zip_longest(self.table_VC, words, fillvalue=""):
             characters = [BEGIN, *(byte + 1 for byte in word.encode()[: C - 2]), END]
             row_C.zero_()[: len(characters)] = torch.tensor(characters)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Word ids [...] to vectors [..., D]."""
-        words_U, place = tokens.unique(return_inverse=True)
+        if tokens.is_meta:  # which of them are distinct is not known: as many as can be
+            words_U, place = tokens.flatten()[: len(self.table_VC)], tokens
+        else:
+            words_U, place = tokens.unique(return_inverse=True)
         characters_UC = self.table_VC[words_U].long()
-        if not characters_UC[:, 0].all():
+        if not tokens.is_meta and not characters_UC[:, 0].all():
             raise ValueError("words without characters: call `spell` with the vocabulary before reading, or load weights")
         written_U1C = (characters_UC > 0)[:, None]
         x_UEC = self.characters(characters_UC).transpose(1, 2) * written_U1C

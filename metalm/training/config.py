@@ -16,9 +16,11 @@ from metalm.pretrained import inherit, read_model_config
 
 @dataclass
 class TokenizerConfig:
-    """`path`: a tokenizer.json, a run, or a Hugging Face id; empty: a BPE of `vocab_size` is trained on the run's texts."""
+    """`path`: a tokenizer.json, a run, or a Hugging Face id; empty: one is trained on the run's texts, of `vocab_size` pieces
+    of words (`type: bpe`) or whole words (`words`)."""
 
     path: str = ""
+    type: Literal["bpe", "words"] = "bpe"
     vocab_size: int = 8192
 
 

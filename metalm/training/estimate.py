@@ -44,7 +44,10 @@ def parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def flops_per_step(config: RunConfig, model: nn.Module) -> int:
-    """Forward and backward FLOPs of one rank's step on full rows, counted on the meta device."""
+    """Forward and backward FLOPs of one rank's step on full rows, counted on the meta device.
+
+    Of an adaptive softmax its head counts, where every prediction is made; few go on to a cluster of rarer words.
+    """
     length = config.data.row_length
     interface = Interface.of(model, None, length)
     document = sample_document(interface, length)
@@ -55,6 +58,8 @@ def flops_per_step(config: RunConfig, model: nn.Module) -> int:
         states = [hidden] if isinstance(hidden, Tensor) else [x for x in hidden if x is not None]
         sum(x.sum() for x in states).backward()
     vocabulary = next(p.vocab_size for p in vars(config.model).values() if hasattr(p, "vocab_size"))
+    if getattr(config.model, "cutoffs", None):
+        vocabulary = len(model.softmax.head.weight)
     return (counter.get_total_flops() + 6 * predictions * states[0].shape[-1] * vocabulary) * config.training.accumulation
 
 

@@ -19,7 +19,7 @@ from metalm.data.shards import list_shards, read_shard
 from metalm.data.stream import DataConfig, Loader, PackedStream, SourceConfig
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import CheckpointError, ConfigError, TrainingError
-from metalm.models import MODELS, fit_to_tokenizer
+from metalm.models import MODELS, fit_to_tokenizer, spell_tokens
 from metalm.pretrained import load_parts, load_weights
 from metalm.segments import Batch
 from metalm.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_export
@@ -52,6 +52,7 @@ def train(config: RunConfig) -> Path:
         write_config(config, run)
     torch.manual_seed(config.training.seed)
     model = MODELS[config.model.type](config.model)
+    spell_tokens(model, tokenizer)
     if config.init_from and not found:
         load_weights(model, config.init_from)
     if not found:
@@ -165,7 +166,8 @@ def prepare_tokenizer(config: RunConfig, run: Path, rank: int) -> Tokenizer:
         if config.tokenizer.path:
             tokenizer = Tokenizer.load(config.tokenizer.path)
         else:
-            tokenizer = Tokenizer.train(texts(config.data.train), config.tokenizer.vocab_size)
+            train_tokenizer = {"bpe": Tokenizer.train, "words": Tokenizer.train_words}[config.tokenizer.type]
+            tokenizer = train_tokenizer(texts(config.data.train), config.tokenizer.vocab_size)
         for name in config.model.special_tokens:
             tokenizer.special(name)
         run.mkdir(parents=True, exist_ok=True)

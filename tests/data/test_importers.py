@@ -123,6 +123,7 @@ def test_the_register_names_what_is_wrong():
         "daquar",
         "conll",
         "labelled",
+        "pairs",
         "questions",
         "text",
         "jsonl",
@@ -588,3 +589,52 @@ def test_real_layout_of_flickr8k(shared, tmp_path):
     official = load("flickr8k", images=folder / "images.zip", annotations=tmp_path, split="train")
     jsonl = import_dataset("jsonl", annotations=folder / "captions.jsonl", images=folder / "images.zip", split="train")
     assert official == list(islice(jsonl, len(names)))
+
+
+# --- pairs
+
+E2E = """mr,ref
+"name[Alimentum], area[riverside]","By the river, there is ""Alimentum""."
+"name[Zizzi], food[Thai]",Zizzi is Thai.
+
+"name[Alimentum], area[riverside]",Alimentum is by the river.
+"""
+
+
+def test_pairs_of_the_same_source_make_one_sample(tmp_path):
+    (tmp_path / "e2e.csv").write_text(E2E)
+    with gzip.open(tmp_path / "e2e.tsv.gz", "wt") as file:
+        file.write("mr\tref\nname[Zizzi], food[Thai]\tZizzi isn't \"Thai\n")
+    rows = [{"source": "a", "target": "b"}, {"source": "c", "target": "d"}, {"source": "a", "target": "e"}]
+    write_jsonl(tmp_path / "own.jsonl", rows)
+    first, second = load("pairs", path=tmp_path / "e2e.csv", source="mr", target="ref")
+    assert first.text == "name[Alimentum], area[riverside]" and second.captions == ["Zizzi is Thai."]
+    assert first.captions == ['By the river, there is "Alimentum".', "Alimentum is by the river."]
+    (quoted,) = load("pairs", path=tmp_path / "e2e.tsv.gz", source="mr", target="ref")
+    assert quoted.captions == ["Zizzi isn't \"Thai"]
+    assert [(s.key, s.text, s.captions) for s in load("pairs", path=tmp_path / "own.jsonl")] == [
+        ("text-00000000", "a", ["b", "e"]),
+        ("text-00000001", "c", ["d"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (E2E.replace("ref", "text"), r"line 2: no column 'ref' \(columns: mr, text\)"),
+        (E2E.replace("Zizzi is Thai.", ""), "line 3: nothing in column 'ref'"),
+        (E2E.replace("Zizzi is Thai.", "Zizzi, Thai"), "line 3: 3 cells under a header of 2: 'name.Zizzi., food.Thai.'"),
+        ('mr,ref\na,"b\n', "line 2: not a table"),
+        ("mr,ref\n", "no row in it"),
+    ],
+)
+def test_bad_pairs(tmp_path, text, message):
+    (tmp_path / "e2e.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load("pairs", path=tmp_path / "e2e.csv", source="mr", target="ref")
+
+
+def test_real_pairs(shared):
+    samples = load("pairs", path=shared / "data/text/e2e.dev.csv.gz", source="mr", target="ref")
+    assert (len(samples), sum(len(sample.captions) for sample in samples)) == (547, 4672)
+    assert samples[0].text == "name[Alimentum], area[city centre], familyFriendly[no]"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
@@ -67,6 +69,60 @@ def test_what_a_published_file_adds_cuts_or_pads_is_off(tokenizer, tmp_path):
     loaded = Tokenizer.load(tmp_path)
     assert loaded.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
     assert loaded.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+
+
+@pytest.fixture(scope="module")
+def words() -> Tokenizer:
+    return Tokenizer.train_words(["the dog runs .", "the dog, the cat's déjà vu\n\n", "  語 <unk> </s> the 42nd dog"] * 3, 40)
+
+
+def test_words_are_numbered_from_the_commonest_to_the_rarest():
+    texts = ["b b b b", "the the the a a", "rare ones"]
+    tokenizer = Tokenizer.train_words(texts, 50)
+    count = Counter(token for text in texts for token in tokenizer.encode(text))
+    assert [count[i] for i in range(4, tokenizer.size)] == sorted(count.values(), reverse=True)
+    assert len(set(count.values())) > 2 and min(count) == 4
+
+
+@pytest.mark.parametrize(
+    "text", ["the dog runs .", " dog, the\n\n", "the cat's déjà vu", "  語 the", "the </s> <unk>", " 42nd", ""]
+)
+def test_texts_of_known_words_come_back(words, text, tmp_path):
+    words.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert words.decode(words.encode(text)) == loaded.decode(loaded.encode(text))
+    assert words.decode(words.encode(text)) in (text, f" {text}")
+    assert loaded.fingerprint == words.fingerprint
+    assert not {0, 1, 2, 3} & set(words.encode(text))  # "</s>" and "<unk>" in a text are signs and letters
+
+
+def test_a_text_begins_as_after_a_space(words):
+    assert words.encode("dog runs") == words.encode(" dog runs")
+    assert words.decode(words.encode("dog runs")) == " dog runs"
+
+
+def test_a_word_that_is_not_among_them_is_the_unknown_one(words):
+    tokens = words.encode("the zebra, the dog")
+    assert tokens[1] == words.backend.token_to_id("<unk>") and tokens.count(tokens[1]) == 1
+    assert words.decode([words.start, *tokens, words.end]) == " the<unk>, the dog"
+    few = Tokenizer.train_words(["a a a b b c"], 6)  # with the four names, room for two: " a" and " b"
+    assert few.size == 6 and few.decode(few.encode("a b c")) == " a b<unk>"
+
+
+def test_tokens_are_spelled_as_they_are_written(tokenizer, words):
+    for one in (tokenizer, words):
+        spellings = one.spellings()
+        assert len(spellings) == len(set(spellings)) == one.size
+        assert spellings[one.start] == "<s>"
+    assert all(words.spellings()[i] == words.decode([i]) for i in range(3, words.size))
+    text = " the cat's déjà vu"
+    assert "".join(words.spellings()[i] for i in words.encode(text)) == text
+    whole = [tokenizer.spellings()[i] for i in tokenizer.encode(TEXTS[0])]
+    assert "".join(whole) == TEXTS[0] and len(whole) < len(TEXTS[0])
+
+
+def test_tokens_of_others_are_spelled_as_in_their_vocabulary():
+    assert word_level("<|endoftext|>").spellings() == ["<|endoftext|>", "a", "red", "circle"]
 
 
 def word_level(*special: str) -> Tokenizer:

@@ -66,8 +66,21 @@ def test_the_spelling_travels_with_the_weights():
         copy(torch.tensor([1]))
     copy.load_state_dict(make().state_dict())
     assert torch.equal(copy(torch.arange(6)), make()(torch.arange(6)))
-    with pytest.raises(ValueError, match="2 words for a vocabulary of 6"):
-        copy.spell(["a", "b"])
+    with pytest.raises(ValueError, match="7 words for a vocabulary of 6"):
+        copy.spell([*WORDS, "more"])
+
+
+def test_ids_beyond_the_words_are_written_as_nothing():
+    embedding, fewer = make(), make()
+    fewer.spell(WORDS[:4])
+    assert torch.equal(fewer.table_VC, embedding.table_VC[[0, 1, 2, 3, 4, 4]])  # the fifth is ""
+
+
+def test_on_the_meta_device_shapes_are_known():
+    with torch.device("meta"):
+        embedding = CharacterEmbedding(CharacterConfig(5, [3, 4, 6], 24), 6, 8)
+        assert embedding(torch.zeros(2, 3, dtype=torch.long)).shape == (2, 3, 8)
+        assert embedding(torch.zeros(4, 5, dtype=torch.long)).shape == (4, 5, 8)  # more tokens than words
 
 
 def test_the_papers_filters_are_the_default():

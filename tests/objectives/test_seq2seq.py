@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from metalm.data.sample import Sample
 from metalm.data.shards import write_shards
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError, DataError
-from metalm.inference.write import Writing, write
+from metalm.evaluation.seq2seq import evaluate_seq2seq
+from metalm.inference.write import Writing, write, write_texts
 from metalm.objectives.pmlm import PMLMDocument
 from metalm.objectives.seq2seq import Seq2Seq, Seq2SeqConfig
 from metalm.pretrained import load_pretrained
@@ -93,35 +95,77 @@ def test_the_loss_smooths_its_labels(model):
     assert torch.allclose(model.parts["nats"][0], -right, rtol=1e-5) and model.parts["nats"][1] == 5
 
 
-def test_a_run_learns_to_write(tmp_path: Path):
-    """From a pretrained encoder; the task is to turn a text around."""
+@pytest.fixture(scope="module")
+def letters() -> list[str]:
     rng = random.Random(0)
-    letters = [" ".join(rng.sample("abcdef", 3)) for _ in range(64)]
+    return [" ".join(rng.sample("abcdef", 3)) for _ in range(64)]
+
+
+@pytest.fixture(scope="module")
+def run(letters, tmp_path_factory) -> Path:
+    """From a pretrained encoder; the task is to turn a text around."""
+    folder = tmp_path_factory.mktemp("turn")
     samples = [Sample(f"s{i}", text=text, captions=[text[::-1]]) for i, text in enumerate(letters)]
-    write_shards(samples, tmp_path / "pairs", 16)
+    write_shards(samples, folder / "pairs", 16)
 
     def write_run(name: str, task: str, model: dict, steps: int, **more) -> Path:
-        source = {"shards": str(tmp_path / "pairs"), "task": task}
+        source = {"shards": str(folder / "pairs"), "task": task}
         plain = {
-            "out": str(tmp_path / name),
+            "out": str(folder / name),
             "model": model,
             "data": {"row_length": 48, "rows": 4, "block": 64, "workers": 0, "train": [source]},
             "training": {"steps": steps, "lr": 5e-3, "warmup": 10, "precision": "float32", "checkpoint_every": 0},
         } | more
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(plain))
-        return train(load_run_config(tmp_path / f"{name}.yaml"))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(plain))
+        return train(load_run_config(folder / f"{name}.yaml"))
 
     encoder = SIZE | {"width": 48}
     pretrained = write_run("pmlm", "text", {"type": "pmlm", "encoder": encoder}, 2, tokenizer={"vocab_size": 270})
-    run = write_run("turn", "seq2seq", {"type": "seq2seq", "encoder": {"init_from": str(pretrained)}}, 150)
+    return write_run("turn", "seq2seq", {"type": "seq2seq", "encoder": {"init_from": str(pretrained)}}, 150)
+
+
+def test_a_run_learns_to_write(run, letters):
     model, tokenizer = load_pretrained(run)
-    sources = [model.layout.source(text, tokenizer, 48) for text in letters[:32]]
-    written = [tokenizer.decode(tokens) for tokens in write(model, sources, tokenizer.end, 12)]
+    written = write_texts(model, tokenizer, letters[:32], 12)
     assert sum(text == letters[i][::-1] for i, text in enumerate(written)) >= 30
     told = CliRunner().invoke(app, ["generate", "--model", str(run), "--prompt", letters[0], "--max-new-tokens", "12"])
     assert told.output.strip() == written[0]
-    alone = [tokenizer.decode(write(model, [source], tokenizer.end, 12)[0]) for source in sources[:8]]
-    assert alone == written[:8]
+    assert write_texts(model, tokenizer, letters[:8], 12, batch_size=1) == written[:8]
+
+
+def test_an_evaluation_does_not_depend_on_the_batch_size(run, tmp_path):
+    """Texts of unequal lengths, two of three of which may become what they do."""
+    texts = ["a b c", "f e d c b a", "c", "b a", "d f a", "e c b f"]
+    other = ["x y z"]
+    samples = [Sample(f"s{i}", text=t, captions=other + [t[::-1]] * (i % 3 > 0)) for i, t in enumerate(texts)]
+    write_shards(samples, tmp_path / "pairs")
+    results = [evaluate_seq2seq(str(run), str(tmp_path / "pairs"), 12, size) for size in (1, 4, 64)]
+    assert results[0].metrics == results[1].metrics == results[2].metrics
+    assert results[0].predictions == results[1].predictions == results[2].predictions
+    rows = results[0].predictions
+    assert [row.references for row in rows] == [sample.captions for sample in samples]
+    right = [row.prediction in row.references for row in rows]
+    assert results[0].metrics["exact_match"] == pytest.approx(100 * sum(right) / len(rows)) and any(right)
+    assert [row.score == 1 for row in rows] == right
+    assert {"bleu_4", "meteor", "rouge_l", "cider"} < set(results[0].metrics)
+
+
+def test_the_evaluation_is_a_verb_and_leaves_its_predictions(run, tmp_path):
+    write_shards([Sample("s", text="a b c", captions=["c b a", "a b c"])], tmp_path / "pairs")
+    command = ["evaluate", "seq2seq", "--model", str(run), "--data", str(tmp_path / "pairs"), "--out", str(tmp_path / "o.json")]
+    told = CliRunner().invoke(app, [*command, "--max-new-tokens", "12"])
+    record = json.loads((tmp_path / "o.json").read_text())
+    (row,) = (json.loads(line) for line in (tmp_path / "o.predictions.jsonl").read_text().splitlines())
+    assert f"exact_match              {record['metrics']['exact_match']:.4f}" in told.output
+    assert (record["task"], record["num_samples"], record["config"]["max_new_tokens"]) == ("seq2seq", 1, 12)
+    assert (row["question"], row["references"]) == ("a b c", ["c b a", "a b c"])
+    refused = CliRunner().invoke(app, [*command, "--max-new-tokens", "62"])
+    assert "max_new_tokens 62 leave no room for a text among the encoder's 64 positions: at most 61" in str(refused.exception)
+    write_shards([Sample("s", text="a b c")], tmp_path / "texts")
+    with pytest.raises(DataError, match="no sample has both a text and what it becomes"):
+        evaluate_seq2seq(str(run), str(tmp_path / "texts"), 12)
+    with pytest.raises(ConfigError, match="holds the model 'pmlm': this evaluation is for 'seq2seq'"):
+        evaluate_seq2seq(str(run.parent.parent / "pmlm"), str(tmp_path / "pairs"), 12)
 
 
 def test_what_is_refused(model):

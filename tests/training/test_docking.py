@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from metalm.data.prompts import Interface
+from metalm.data.stream import PackedStream
 from metalm.errors import CheckpointError, ConfigError
+from metalm.nn.words import AdaptiveSoftmax
 from metalm.pretrained import load_pretrained
 from metalm.segments import Document, Text, make_batch
 from metalm.training.config import load_run_config
@@ -16,18 +20,20 @@ from metalm.training.loop import train
 
 STORY = "\n\n".join(f"the {color} dog number {n} runs over the {color} hill ." for n in range(40) for color in ("red", "blue"))
 STACK = {"layers": 2, "width": 32, "heads": 2, "max_positions": 64}
+SPELLED = {"type": "two_tower", **STACK, "characters": {"width": 8, "filters": [8, 16], "max_length": 12}}
 
 
 def write_run(folder: Path, name: str, model: dict, source: dict, **more) -> Path:
     """A configuration of a two-step run on `STORY`."""
     text = folder / "story.txt"
     text.write_text(STORY)
-    source = {"shards": "${out}/data/train", "task": "text", **source}
+    data = {n: [{"shards": "${out}/data/" + n, "task": "text", **source}] for n in ("train", "val")}
+    data["validation"] = data.pop("val")
     plain = {
         "out": str(folder / name),
         "model": model,
-        "data": {"path": str(text), "row_length": 64, "rows": 2, "block": 16, "workers": 0, "train": [source]},
-        "training": {"steps": 2, "warmup": 1, "precision": "float32", "checkpoint_every": 0},
+        "data": {"path": str(text), "row_length": 64, "rows": 2, "block": 16, "workers": 0} | data,
+        "training": {"steps": 2, "warmup": 1, "precision": "float32", "checkpoint_every": 0, "validate_every": 2},
     } | more
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(plain))
@@ -42,9 +48,12 @@ def sources(tmp_path_factory) -> dict[str, Path]:
         "mim": {"type": "mim", "decoder": STACK},
         "pmlm": {"type": "pmlm", "encoder": {"type": "text", **STACK}},
         "cloze": {"type": "cloze", "encoder": {"type": "two_tower", **STACK, "layers": 1}},
+        "words": {"type": "cloze", "encoder": SPELLED, "cutoffs": [10, 20]},
+        "spelled pieces": {"type": "cloze", "encoder": SPELLED, "cutoffs": [20]},
     }
-    tokenizer = {"tokenizer": {"vocab_size": 300}}
-    return {n: train(load_run_config(write_run(folder, n, model, {}, **tokenizer))) for n, model in models.items()}
+    tokenizers = {n: {"type": "words" if n == "words" else "bpe", "vocab_size": 300} for n in models}
+    runs = {n: write_run(folder, n, model, {}, tokenizer=tokenizers[n]) for n, model in models.items()}
+    return {n: train(load_run_config(path)) for n, path in runs.items()}
 
 
 def start_from(folder: Path, name: str, part: dict, encoder: str = "") -> Path:
@@ -66,7 +75,7 @@ def test_mim_becomes_a_decoder_with_the_same_logits(sources, tmp_path):
     assert torch.equal(docked.decoder.logits(docked.hidden(batch)), source.decoder.logits(source.hidden(batch)))
 
 
-@pytest.mark.parametrize("mode", ["pmlm", "cloze"])
+@pytest.mark.parametrize("mode", ["pmlm", "cloze", "words", "spelled pieces"])
 def test_an_encoder_of_text_becomes_metalms_with_the_same_states(sources, tmp_path, mode):
     part = {"init_from": str(sources[mode])}
     config = load_run_config(start_from(tmp_path, "docked", part, "text"), ["training.lr=1e-30"])
@@ -90,6 +99,29 @@ def test_a_decoder_is_read_as_a_causal_encoder_with_the_same_states(sources, tmp
     states = docked.encoders["text"](**collated.inputs).flatten(0, 1)[collated.source]
     alone = [source.hidden(make_batch([[Document([Text(tokens)])]], {}))[0] for tokens in texts]
     assert torch.allclose(states, torch.cat(alone), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["words", "spelled pieces"])
+def test_spellings_are_in_the_export(sources, mode):
+    source, tokenizer = load_pretrained(sources[mode])
+    table_VC, spellings = source.encoder.embedding.table_VC, tokenizer.spellings()
+    for word in tokenizer.encode("the red dog number 7"):
+        written = [code - 1 for code in table_VC[word].tolist() if 0 < code <= 256]
+        assert bytes(written).decode() == spellings[word] in " the red dog number 7"
+
+
+def test_words_are_predicted_by_an_export_as_by_its_run(sources):
+    """The last digit of the validation loss, and all of it from the export alone."""
+    folder = sources["words"].parent
+    config = load_run_config(folder.parent / "words.yaml")
+    *_, last = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    model, tokenizer = load_pretrained(sources["words"])
+    interface = Interface.of(model, tokenizer, config.data.row_length)
+    batches = list(PackedStream(config.data.validation, interface, config.data, seed=0, repeat=False))
+    with torch.no_grad():
+        nats = sum(float(model(batch)) for batch in batches)
+    assert last["val_loss"] == nats / sum(batch.num_targets for batch in batches) > 0
+    assert isinstance(model.softmax, AdaptiveSoftmax) and tokenizer.spellings()[4] == " the"
 
 
 def test_shape_is_the_sources_and_use_is_ones_own(sources, tmp_path):
