@@ -132,7 +132,7 @@ def evaluate(
         from metalm.evaluation.infilling import Infiller, evaluate_infilling
         from metalm.inference.infill import InfillConfig
 
-        infiller = Infiller.load(model, InfillConfig(max_new_tokens))
+        infiller = Infiller.load(model, InfillConfig(max_new_tokens), batch_size)
         report_result(evaluate_infilling(infiller, data, model, limit), out)
         return
     generation = GenerationConfig(max_new_tokens, beams, length_penalty=length_penalty)
@@ -166,6 +166,7 @@ def infill(
     ngram: Annotated[int, typer.Option(help="Tokens on which both sides must agree before they meet.")] = 4,
     threshold: Annotated[float, typer.Option(help="Accept tokens of this probability; 0: only the likeliest.")] = 0.0,
     predict_suffix: Annotated[bool, typer.Option("--predict-suffix", help="The suffix's first token too.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Holes of a --file at a time; results do not depend on it.")] = 64,
 ) -> None:
     """Fill the hole between a prefix and a suffix from both sides at once (a model trained as 'mim')."""
     import json
@@ -178,15 +179,16 @@ def infill(
         raise ConfigError("give --prefix, --suffix or both, or a --file of them")
     if (file is None) != (out is None):
         raise ConfigError("--file and --out go together")
-    infiller = Infiller.load(model, InfillConfig(max_new_tokens, ngram, threshold, predict_suffix))
+    infiller = Infiller.load(model, InfillConfig(max_new_tokens, ngram, threshold, predict_suffix), batch_size)
     if file is None:
-        text, found = infiller(prefix, suffix)
+        [(text, found)], _ = infiller([(prefix, suffix)])
         print(text)
         print(f"{found.ended} in {found.calls} calls for {len(found.tokens)} tokens", file=sys.stderr)
         return
+    rows = read_holes(file)
+    filled_rows, _ = infiller([(row["prompt"], row["suffix"]) for row in rows], "infilling")
     with open(out, "w") as lines:
-        for row in read_holes(file):
-            text, found = infiller(row["prompt"], row["suffix"])
+        for row, (text, found) in zip(rows, filled_rows):
             filled = {"infilling": text, "ended": found.ended, "calls": found.calls, "tokens": len(found.tokens)}
             lines.write(json.dumps(row | filled, ensure_ascii=False) + "\n")
     print(out)

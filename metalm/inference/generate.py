@@ -7,7 +7,7 @@ each prompt, so what comes out does not depend on the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 
 import torch
@@ -177,8 +177,8 @@ def _is_done(ended: list[tuple[float, list[int]]], best_open: float, length: int
     return max(score for score, _ in ended) >= best_open / longest**config.length_penalty
 
 
-def batched(prompts: Sequence[Document] | Sequence[list[int]], size: int) -> Iterator[list[int]]:
-    """Numbers of prompts in batches of similar length, longest first, so that little is padded."""
+def batched(prompts: Sequence[Sized], size: int) -> Iterator[list[int]]:
+    """Numbers of prompts, or of what else has a length, in batches of similar length, longest first: little is padded."""
     order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
     for start in range(0, len(order), size):
         yield order[start : start + size]

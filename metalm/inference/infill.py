@@ -2,7 +2,7 @@
 
     prefix  the cat |  sat   on   the   mat  ->
                                         mat   and  slept | suffix
-    1. Each call writes a token on either side: both directions are one batch of two rows.
+    1. Each call writes a token on either side.
     2. Met: the last n tokens that the forward side wrote stand in what the backward side wrote, or begin the suffix. A table of
        n-grams finds it at once.
     3. The forward side reads all tokens right of the match in one call, and what it would have written itself is accepted:
@@ -12,24 +12,24 @@
 M missing tokens on which the sides agree cost ceil((M + n) / 2) + 1 calls instead of M. What the forward side accepts is what
 it would have written, so a text that was met on is a prefix of its greedy text (with `threshold` 0).
 
-Rows keep one cache: a slot that only one row has filled, or that was given up again, is dead for the other, which the mask
-leaves out. Source: "Meet in the Middle" (arXiv 2303.07295), section 3.
+Many holes are filled side by side, each of them at its own step: what they want to read next goes into one call. What fills
+a hole, and the calls that it takes part in, are those of the hole alone. Source: "Meet in the Middle" (arXiv 2303.07295),
+section 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from metalm.errors import ConfigError, DataError
-from metalm.nn.attention import KVCache, Mask, all_of, causal
+from metalm.inference.readings import Reading, Readings, Reply, Request
 from metalm.objectives.mim import MIM
 
-FORWARD, BACKWARD = 0, 1  # rows
+FORWARD, BACKWARD = 0, 1  # sides
 
 
 @dataclass
@@ -55,6 +55,18 @@ class InfillConfig:
             raise ConfigError(f"threshold {self.threshold} is not a probability")
 
 
+@dataclass(frozen=True)
+class Hole:
+    """The tokens before and after it, without special ones."""
+
+    prefix: Sequence[int]
+    suffix: Sequence[int]
+
+    def __len__(self) -> int:
+        """Tokens of the longer side."""
+        return max(len(self.prefix), len(self.suffix))
+
+
 @dataclass
 class Infilling:
     """What fills a hole, and at what cost.
@@ -62,7 +74,7 @@ class Infilling:
     Attributes:
         tokens: between prefix and suffix.
         ended: "met", or the side whose text was taken: "forward" or "backward".
-        calls: of the model, one after another, the reading of prefix and suffix included.
+        calls: of the model, one after another, that the hole took part in, the reading of prefix and suffix included.
         accepted: how many tokens each verification accepted.
     """
 
@@ -72,31 +84,13 @@ class Infilling:
     accepted: list[int] = field(default_factory=list)
 
 
-class Readings(Protocol):
-    """A forward and a backward reading of prefix and suffix, going on token by token.
-
-    `logits_2V` predicts the next token of either side; a side that is not to go on is fed None.
-    """
-
-    logits_2V: Tensor
-
-    def step(self, forward: int | None, backward: int | None) -> None:
-        """Reads a token on either side, in one call."""
-
-    def verify(self, kept: int, tokens: Sequence[int]) -> Tensor:
-        """Forward logits [len(tokens), V] after each of `tokens`, read in one call after the first `kept` new tokens."""
-
-    def accept(self, count: int) -> None:
-        """The forward side has read the first `count` of the verified tokens, and goes on after them."""
-
-
 class Meetings:
     """Finds where the forward side's last n-gram stands among what is right of the hole: O(1) a step."""
 
     def __init__(self, suffix: Sequence[int], n: int):
         self.n = n
         self.right = list(reversed(suffix))  # from the far end of the suffix to the newest backward token
-        self.suffix = len(self.right)
+        self.suffix = len(suffix)
         self.ends: dict[tuple[int, ...], int] = {}
         self._remember()
 
@@ -107,6 +101,11 @@ class Meetings:
     def write(self, token: int) -> None:
         self.right.append(token)
         self._remember()
+
+    @property
+    def length(self) -> int:
+        """Tokens that the backward side wrote."""
+        return len(self.right) - self.suffix
 
     @property
     def written(self) -> list[int]:
@@ -122,48 +121,52 @@ class Meetings:
         return self.right[self.suffix : after][::-1], max(0, self.suffix - after)
 
 
-@torch.inference_mode()
-def meet(readings: Readings, suffix: Sequence[int], start: int, end: int, config: InfillConfig) -> Infilling:
-    """Fills the hole between what `readings` have read.
+def meet(hole: Hole, ends: tuple[int, int], r2l_token: int, config: InfillConfig) -> Generator[Request, Reply, Infilling]:
+    """Fills a hole: yields what its sides read next, is sent what that predicts, and returns what fills it.
 
     Args:
-        start, end: the tokens that end a backward and a forward reading, as sides that found no way to the other.
+        ends: the tokens that end a forward and a backward reading, as sides that found no way to the other; the backward one
+            is where the forward side starts.
     """
+    contexts = [ends[BACKWARD], *hole.prefix], [r2l_token, *reversed(hole.suffix)]
     forward: list[int] = []
-    meetings = Meetings(suffix, config.ngram)
+    meetings = Meetings(hole.suffix, config.ngram)
     scores = [0.0, 0.0]
     open_sides = [True, True]
-    calls, accepted = 1, []
 
-    def write(side: int, logits_V: Tensor) -> int | None:
-        length = len(forward) if side == FORWARD else len(meetings.right) - meetings.suffix
+    def write(side: int, logits_V: Tensor) -> Reading | None:
+        """A side's next token, which it then has to read; None where it ends."""
+        length = (len(forward), meetings.length)[side]
         token = int(logits_V.argmax())
         scores[side] += float(logits_V.log_softmax(-1)[token])
-        if length >= config.max_new_tokens or token == (end, start)[side]:
+        if length >= config.max_new_tokens or token == ends[side]:
             open_sides[side] = False
             return None
         forward.append(token) if side == FORWARD else meetings.write(token)
-        return token
+        return Reading(len(contexts[side]) + length, [token])
 
+    replies = yield Reading(0, contexts[FORWARD]), Reading(0, contexts[BACKWARD])
+    calls, accepted = 1, []
     while True:
-        pair = [write(side, readings.logits_2V[side]) if open_sides[side] else None for side in (FORWARD, BACKWARD)]
+        forward_reads, backward_reads = (
+            write(side, replies[side][-1]) if open_sides[side] else None for side in (FORWARD, BACKWARD)
+        )
         while open_sides[FORWARD] and (met := meetings.find(forward[-config.ngram :])):
             rest, overlap = met
-            expected = [*rest, suffix[0]] if config.predict_suffix and suffix and not overlap else rest
+            expected = [*rest, hole.suffix[0]] if config.predict_suffix and hole.suffix and not overlap else rest
             if not expected:
                 return Infilling(forward[: len(forward) - overlap], "met", calls, accepted)
+            logits_TV, _ = yield Reading(forward_reads.first, [*forward_reads.tokens, *rest], 1 + len(rest)), None
             calls += 1
-            logits_TV = readings.verify(len(forward), [forward[-1], *rest])
             agreed = agreement(logits_TV, expected, config.threshold)
             accepted.append(min(agreed, len(rest)))
             if agreed == len(expected):
                 return Infilling(forward + rest, "met", calls, accepted)
             forward += rest[:agreed]
-            readings.accept(1 + accepted[-1])
-            pair[FORWARD] = write(FORWARD, logits_TV[accepted[-1]])
+            forward_reads = write(FORWARD, logits_TV[agreed])
         if not any(open_sides):
             return fall_back(forward, meetings.written, scores, calls, accepted)
-        readings.step(*pair)
+        replies = yield forward_reads, backward_reads
         calls += 1
 
 
@@ -185,75 +188,53 @@ def fall_back(forward: list[int], backward: list[int], scores: list[float], call
     return Infilling(backward, "backward", calls, accepted)
 
 
-class CachedReadings:
-    """The readings of a MIM model over one key-value cache of two rows."""
+@torch.inference_mode()
+def side_by_side(
+    meetings: Sequence[Generator[Request, Reply, Infilling]],
+    read: Callable[[Mapping[int, Request]], Mapping[int, Reply]],
+    drop: Callable[[int], None],
+) -> list[Infilling]:
+    """Takes meetings to their ends, those that can go on together in one call.
 
-    def __init__(self, model: MIM, prefix: Sequence[int], suffix: Sequence[int], start: int, max_new_tokens: int):
-        self.model, self.device = model, next(model.parameters()).device
-        rows = [[start, *prefix], [model.config.r2l_token, *reversed(suffix)]]
-        longest = max(map(len, rows))
-        # Slots of tokens of either side, and of those that are being verified; what is not accepted gives its slot up again.
-        self.cache = KVCache(model.config.decoder.layers, longest + 3 * max_new_tokens + 2)
-        self.alive_2S = torch.zeros(2, self.cache.capacity, dtype=torch.bool, device=self.device)
-        self.lengths = [len(row) for row in rows]  # tokens read
-        self.prefix = len(rows[FORWARD])
-        tokens_2T = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=self.device)
-        position_2T = torch.arange(longest, device=self.device) - torch.tensor([[longest - len(row)] for row in rows]).to(
-            self.device
-        )
-        self.logits_2V = self._read(tokens_2T, position_2T.clamp(min=0), position_2T >= 0)[:, -1]
-        self.verified_TV: Tensor | None = None
+    Args:
+        read: what the holes' requests predict, by the holes' numbers, in one call.
+        drop: told which hole is filled.
+    """
+    found: dict[int, Infilling] = {}
+    requests = {n: next(meeting) for n, meeting in enumerate(meetings)}
+    while requests:
+        for n, reply in read(together(requests)).items():
+            try:
+                requests[n] = meetings[n].send(reply)
+            except StopIteration as end:
+                found[n] = end.value
+                del requests[n]
+                drop(n)
+    return [found[n] for n in range(len(meetings))]
 
-    def _read(self, tokens: Tensor, positions: Tensor, alive: Tensor) -> Tensor:
-        """Logits [2, T, V]; one row alone is the forward one."""
-        rows, T = tokens.shape
-        first = self.cache.length
-        self.alive_2S[:rows, first : first + T] = alive
-        alive_2S = self.alive_2S
-        # A dead slot sees itself, so that no query is without a key.
-        predicate = all_of(causal, lambda b, h, q, k: alive_2S[b, k] | (q == k))
-        mask = Mask(predicate, rows, T, first + T, self.device, first_query=first)
-        cache = self.cache if rows == 2 else self.cache.first_rows(rows)
-        hidden = self.model.decoder(self.model.decoder.embed(tokens), positions, mask, cache)
-        self.cache.length = first + T
-        return self.model.decoder.logits(hidden).float()
 
-    def step(self, forward: int | None, backward: int | None) -> None:
-        tokens = [forward, backward]
-        self.logits_2V = self._read(
-            torch.tensor([[token or 0] for token in tokens], device=self.device),
-            torch.tensor([[length] for length in self.lengths], device=self.device),
-            torch.tensor([[token is not None] for token in tokens], device=self.device),
-        )[:, -1]
-        self.lengths = [length + (token is not None) for length, token in zip(self.lengths, tokens)]
-
-    def verify(self, kept: int, tokens: Sequence[int]) -> Tensor:
-        assert self.lengths[FORWARD] == self.prefix + kept - 1, "the newest token is the first to be verified"
-        first = self.lengths[FORWARD]
-        positions = torch.arange(first, first + len(tokens), device=self.device)[None]
-        tokens_1T = torch.tensor([list(tokens)], device=self.device)
-        self.verified_TV = self._read(tokens_1T, positions, torch.ones_like(tokens_1T, dtype=torch.bool))[0]
-        return self.verified_TV
-
-    def accept(self, count: int) -> None:
-        verified = len(self.verified_TV)
-        self.cache.length -= verified - count  # the slots of what was not accepted are written again
-        self.alive_2S[:, self.cache.length :] = False
-        self.lengths[FORWARD] += count
+def together(requests: Mapping[int, Request]) -> dict[int, Request]:
+    """Those that share the next call: rows that read one token or rows that read many, so that the former are not padded to
+    the latter's length; those that are more."""
+    kinds: tuple[dict[int, Request], dict[int, Request]] = ({}, {})
+    for n, request in requests.items():
+        kinds[max(len(reading.tokens) for reading in request if reading) > 1][n] = request
+    return max(kinds, key=len)
 
 
 def infill(
-    model: MIM, prefix: Sequence[int], suffix: Sequence[int], start: int, end: int, config: InfillConfig | None = None
-) -> Infilling:
-    """Fills the hole between prefix and suffix, tokens without special ones.
+    model: MIM, holes: Sequence[Hole], start: int, end: int, config: InfillConfig | None = None
+) -> tuple[list[Infilling], int]:
+    """What fills each hole, and how many calls of the model all of them took together.
 
     Raises:
         DataError: prefix, suffix and what is to be written do not fit the model's positions.
     """
     config = config or InfillConfig()
     decoder = model.config.decoder
-    longest = max(len(prefix), len(suffix)) + 1 + 2 * config.max_new_tokens
+    longest = max(map(len, holes), default=0) + 1 + 2 * config.max_new_tokens
     if decoder.positions == "learned" and longest > decoder.max_positions:
         raise DataError(f"a prefix or suffix leaves no room for {config.max_new_tokens} tokens in {decoder.max_positions}")
-    readings = CachedReadings(model, prefix, suffix, start, config.max_new_tokens)
-    return meet(readings, suffix, start, end, config)
+    readings = Readings(model, len(holes), longest)
+    meetings = [meet(hole, (end, start), model.config.r2l_token, config) for hole in holes]
+    return side_by_side(meetings, readings, readings.drop), readings.calls

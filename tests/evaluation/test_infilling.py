@@ -54,6 +54,12 @@ def test_a_text_learned_by_heart_is_filled_in_about_half_the_calls(run, tmp_path
     assert result.metrics["exact_match"] == result.metrics["met"] == 1
     assert result.metrics["calls"] < 0.75 * result.metrics["calls_left_to_right"]
     assert [row.score for row in result.predictions] == [1, 1, 1]
+    # The three holes share their calls, in a batch; the same come out one by one, in all the calls that each takes.
+    assert result.metrics["calls"] <= result.metrics["sequential_calls"] < 2 * result.metrics["calls"]
+    infiller.batch_size = 1
+    one_by_one = evaluate_infilling(infiller, str(tmp_path / "holes.jsonl"), "count")
+    assert one_by_one.predictions == result.predictions
+    assert one_by_one.metrics["sequential_calls"] == pytest.approx(3 * result.metrics["calls"])
 
 
 def test_infill_and_evaluate_as_verbs(run, tmp_path):
@@ -62,6 +68,7 @@ def test_infill_and_evaluate_as_verbs(run, tmp_path):
     file, out = holes(tmp_path / "holes.jsonl"), tmp_path / "filled.jsonl"
     runner = CliRunner()
     arguments = ["infill", "--model", str(run), "--file", str(file), "--out", str(out), "--max-new-tokens", "40"]
+    arguments += ["--batch-size", "2"]
     assert runner.invoke(app, arguments).exit_code == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["infilling"] for row in rows] == [row["canonical_solution"] for row in rows]
@@ -92,7 +99,7 @@ def test_what_cannot_be_filled_is_named(run, tmp_path):
     with pytest.raises(DataError, match="no row in it"):
         read_holes(tmp_path / "empty.jsonl")
     with pytest.raises(ConfigError, match=r"max_new_tokens 64 .* 128 positions"):
-        Infiller.load(run, InfillConfig(max_new_tokens=64))("a", "b")
+        Infiller.load(run, InfillConfig(max_new_tokens=64))([("a", "b")])
 
 
 def test_a_model_that_reads_one_way_only_is_refused(tiny_yaml, tmp_path):

@@ -1,0 +1,109 @@
+"""Readings of many texts, forwards and backwards, that go on side by side: one call of the model, rows of unequal length.
+
+    row 2n        <s>    prefix   ->      of hole n the forward side
+    row 2n + 1    <r2l>  suffix   <-      and the backward side, whose text is reversed
+
+A token lies in its row's key-value cache in the slot of its position, and a query sees the slots up to its own. So nothing
+has to be taken back: what a side was not to keep lies beyond its end, unseen, until it is written over. Padding goes to the
+last slot, which no token has.
+
+Shapes: R rows, T tokens that each of them reads in a call, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metalm.nn.attention import KVCache, Mask
+from metalm.objectives.mim import MIM
+
+
+class Reading(NamedTuple):
+    """Tokens that a side reads, from its position `first` on, and how many of the last of them shall predict."""
+
+    first: int
+    tokens: list[int]
+    predict: int = 1
+
+
+Request = tuple[Reading | None, Reading | None]  # of a hole's forward and of its backward side
+Reply = tuple[Tensor | None, Tensor | None]  # the logits [predict, V] of their next tokens
+
+
+class RowCache(KVCache):
+    """A cache in which every call says where its tokens go.
+
+    Attributes:
+        rows: of the cache that the call's are; None: all of them, in their order.
+        slot_RT: int64, where their tokens go.
+        end: of the slots that the call's queries may see.
+    """
+
+    rows: list[int] | None
+    slot_RT: Tensor
+    end: int
+
+    def append(self, layer: int, k_RGTD: Tensor, v_RGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the call's keys and values of a layer, and returns all that its rows have."""
+        if self.keys[layer] is None:
+            R, G, _, D = k_RGTD.shape  # the first call is that of all rows
+            self.keys[layer], self.values[layer] = (x.new_zeros(R, G, self.capacity, D) for x in (k_RGTD, v_RGTD))
+        every = torch.arange(len(self.keys[layer]), device=k_RGTD.device)
+        row_R = every if self.rows is None else every[self.rows]
+        kept = []
+        for stored, new in ((self.keys[layer], k_RGTD), (self.values[layer], v_RGTD)):
+            stored[row_R[:, None], :, self.slot_RT] = new.transpose(1, 2)
+            seen = stored[:, :, : self.end]
+            kept.append(seen if self.rows is None else seen[row_R])
+        return kept[0], kept[1]
+
+
+class Readings:
+    """The two readings of each of `holes`, by a MIM model. `calls` counts those of the model.
+
+    Args:
+        longest: positions of a side, at most.
+    """
+
+    def __init__(self, model: MIM, holes: int, longest: int):
+        self.model, self.device = model, next(model.parameters()).device
+        self.holes = list(range(holes))  # those that are still read
+        self.cache = RowCache(model.config.decoder.layers, longest + 1)
+        self.calls = 0
+
+    def __call__(self, requests: Mapping[int, Request]) -> dict[int, Reply]:
+        """Reads what holes, by their numbers, ask for, in one call. The first one is that of all of them."""
+        self.calls += 1
+        place = {hole: n for n, hole in enumerate(self.holes)}
+        read = {2 * place[hole] + side: r for hole, request in requests.items() for side, r in enumerate(request) if r}
+        T = max(len(reading.tokens) for reading in read.values())
+        # To let a row read a token of padding costs less than to copy the others' keys and values away from it.
+        rows = sorted(read) if T > 1 else list(range(2 * len(self.holes)))
+        tokens, positions, slots, predicting = [], [], [], []
+        for r, row in enumerate(rows):
+            first, own, predict = read.get(row, Reading(0, [], 0))
+            padding, place_T = T - len(own), list(range(first, first + len(own)))
+            tokens.append([*own, *[0] * padding])
+            positions.append([*place_T, *[0] * padding])
+            slots.append([*place_T, *[self.cache.capacity - 1] * padding])
+            predicting += range(r * T + len(own) - predict, r * T + len(own))
+        self.cache.rows = None if len(rows) == 2 * len(self.holes) else rows
+        self.cache.end = max(map(max, positions)) + 1
+        token_RT, position_RT, self.cache.slot_RT = torch.tensor([tokens, positions, slots], device=self.device)
+        mask = Mask(lambda b, h, q, k: k <= position_RT[b, q], len(rows), T, self.cache.end, self.device)
+        decoder = self.model.decoder
+        hidden = decoder(decoder.embed(token_RT), position_RT, mask, self.cache).flatten(0, 1)
+        logits = decoder.logits(hidden[torch.tensor(predicting, device=self.device)]).float().cpu()
+        replies = dict(zip(sorted(read), logits.split([read[row].predict for row in sorted(read)])))
+        return {hole: (replies.get(2 * place[hole]), replies.get(2 * place[hole] + 1)) for hole in requests}
+
+    def drop(self, hole: int) -> None:
+        """The hole is not read any more."""
+        place = self.holes.index(hole)
+        self.holes.remove(hole)
+        rows = [row for row in range(2 * len(self.holes) + 2) if row // 2 != place]
+        self.cache.reorder(torch.tensor(rows, dtype=torch.long, device=self.device))
