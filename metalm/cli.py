@@ -90,6 +90,8 @@ def evaluate(
     length_penalty: Annotated[float, typer.Option(help="Beam scores are divided by length to this power.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
     batch_size: Annotated[int, typer.Option(help="Prompts at a time; results do not depend on it.")] = 64,
+    ngram: Annotated[int, typer.Option(help="Infilling: tokens on which both sides must agree.")] = 4,
+    forward_only: Annotated[bool, typer.Option("--forward-only", help="Infilling: write from the prefix on alone.")] = False,
     limit: Annotated[int, typer.Option(help="Evaluate so many samples only; 0: all.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 (faster, rounding depends on the batch).")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the draw of worked examples.")] = 0,
@@ -132,7 +134,7 @@ def evaluate(
         from metalm.evaluation.infilling import Infiller, evaluate_infilling
         from metalm.inference.infill import InfillConfig
 
-        infiller = Infiller.load(model, InfillConfig(max_new_tokens), batch_size)
+        infiller = Infiller.load(model, InfillConfig(max_new_tokens, ngram, forward_only=forward_only), batch_size)
         report_result(evaluate_infilling(infiller, data, model, limit), out)
         return
     generation = GenerationConfig(max_new_tokens, beams, length_penalty=length_penalty)

@@ -61,7 +61,8 @@ class Candidate:
 
 @dataclass
 class Yardstick:
-    """What every candidate, or `candidates` alone, is judged by: the `metric` of the evaluation `task` on `data`.
+    """What every candidate, or `candidates` alone, is judged by: the `metric` of the evaluation `task` on `data`, with more
+    `options` of `metalm evaluate`.
 
     With a `config`, a head is first trained on the run's encoder (its decoder, where it has none) by this configuration of
     `metalm train` with `settings` over it. Without `data`, perplexity is that of the corpus' held-out part, and infilling
@@ -71,6 +72,7 @@ class Yardstick:
     task: Task
     metric: str
     data: str = ""
+    options: list[str] = field(default_factory=list)
     config: str = ""
     settings: list[str] = field(default_factory=list)
     candidates: list[str] = field(default_factory=list)
@@ -314,7 +316,7 @@ def run_cell(config: CompareConfig, cell: Cell, processes: Processes) -> None:
             if not (model / "export").exists():
                 processes.run(["train", yardstick.config, *settings], path.with_suffix(".log"))
         data = yardstick.data or str(out / ("holes.jsonl" if yardstick.task == "infilling" else "corpus/val"))
-        command = ["evaluate", yardstick.task, "--model", str(model), "--data", data, "--out", str(path)]
+        command = ["evaluate", yardstick.task, "--model", str(model), "--data", data, "--out", str(path), *yardstick.options]
         processes.run(command, path.with_suffix(".log"))
         console.print(f"{name}: {title} {read_metric(path, yardstick.metric):.4g}", highlight=False)
 

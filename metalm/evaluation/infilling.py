@@ -22,15 +22,15 @@ from metalm.errors import ConfigError, DataError
 from metalm.evaluation.result import Prediction, Result
 from metalm.inference.generate import batched
 from metalm.inference.infill import Hole, InfillConfig, Infilling, infill
-from metalm.objectives.mim import MIM
+from metalm.model import MetaLM
 from metalm.pretrained import load_pretrained
 
 
 @dataclass
 class Infiller:
-    """A MIM model that fills holes in texts, `batch_size` at a time. Of long contexts it reads what is next to the hole."""
+    """A model that fills holes in texts, `batch_size` at a time. Of long contexts it reads what is next to the hole."""
 
-    model: MIM
+    model: MetaLM
     tokenizer: Tokenizer
     config: InfillConfig
     batch_size: int = 64
@@ -40,11 +40,11 @@ class Infiller:
         """From an export, a run, or a Hub id.
 
         Raises:
-            ConfigError: the model reads in one direction only.
+            ConfigError: the model has no decoder.
         """
         model, tokenizer = load_pretrained(name)
-        if not isinstance(model, MIM):
-            raise ConfigError(f"{name} holds the model {model.config.type!r}: infilling needs one that reads both ways, 'mim'")
+        if not isinstance(model, MetaLM):
+            raise ConfigError(f"{name} holds the model {model.config.type!r}, which does not write; infilling needs 'mim'")
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, config, batch_size)
 
     def __call__(self, texts: Sequence[tuple[str, str]], what: str = "") -> tuple[list[tuple[str, Infilling]], int]:

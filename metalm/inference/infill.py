@@ -9,6 +9,8 @@
        all of it, and the hole is filled; a part, and it goes on from the first token where it disagrees.
     4. Where both sides end without having met, the likelier text, each by its own side, is taken.
 
+With `forward_only`, for any decoder, the forward side writes alone, until it meets the suffix: what infilling is compared with.
+
 M missing tokens on which the sides agree cost ceil((M + n) / 2) + 1 calls instead of M. What the forward side accepts is what
 it would have written, so a text that was met on is a prefix of its greedy text (with `threshold` 0).
 
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from metalm.errors import ConfigError, DataError
 from metalm.inference.readings import Reading, Readings, Reply, Request
+from metalm.model import MetaLM
 from metalm.objectives.mim import MIM
 
 FORWARD, BACKWARD = 0, 1  # sides
@@ -41,12 +44,14 @@ class InfillConfig:
         ngram: tokens that must agree before anything is verified.
         threshold: 0 accepts the forward side's likeliest tokens alone, else all those of at least this probability.
         predict_suffix: the forward side must also predict the first token of the suffix.
+        forward_only: nothing is written from the suffix back.
     """
 
     max_new_tokens: int = 64
     ngram: int = 4
     threshold: float = 0.0
     predict_suffix: bool = False
+    forward_only: bool = False
 
     def __post_init__(self):
         if self.max_new_tokens < 1 or self.ngram < 1:
@@ -132,7 +137,7 @@ def meet(hole: Hole, ends: tuple[int, int], r2l_token: int, config: InfillConfig
     forward: list[int] = []
     meetings = Meetings(hole.suffix, config.ngram)
     scores = [0.0, 0.0]
-    open_sides = [True, True]
+    open_sides = [True, not config.forward_only]
 
     def write(side: int, logits_V: Tensor) -> Reading | None:
         """A side's next token, which it then has to read; None where it ends."""
@@ -145,7 +150,7 @@ def meet(hole: Hole, ends: tuple[int, int], r2l_token: int, config: InfillConfig
         forward.append(token) if side == FORWARD else meetings.write(token)
         return Reading(len(contexts[side]) + length, [token])
 
-    replies = yield Reading(0, contexts[FORWARD]), Reading(0, contexts[BACKWARD])
+    replies = yield Reading(0, contexts[FORWARD]), None if config.forward_only else Reading(0, contexts[BACKWARD])
     calls, accepted = 1, []
     while True:
         forward_reads, backward_reads = (
@@ -164,6 +169,8 @@ def meet(hole: Hole, ends: tuple[int, int], r2l_token: int, config: InfillConfig
                 return Infilling(forward + rest, "met", calls, accepted)
             forward += rest[:agreed]
             forward_reads = write(FORWARD, logits_TV[agreed])
+        if not any(open_sides) and config.forward_only:
+            return Infilling(forward, "forward", calls, accepted)
         if not any(open_sides):
             return fall_back(forward, meetings.written, scores, calls, accepted)
         replies = yield forward_reads, backward_reads
@@ -223,18 +230,25 @@ def together(requests: Mapping[int, Request]) -> dict[int, Request]:
 
 
 def infill(
-    model: MIM, holes: Sequence[Hole], start: int, end: int, config: InfillConfig | None = None
+    model: MetaLM, holes: Sequence[Hole], start: int, end: int, config: InfillConfig | None = None
 ) -> tuple[list[Infilling], int]:
     """What fills each hole, and how many calls of the model all of them took together.
 
     Raises:
+        ConfigError: the model reads in one direction only, and shall write from both sides.
         DataError: prefix, suffix and what is to be written do not fit the model's positions.
     """
     config = config or InfillConfig()
+    if not (config.forward_only or isinstance(model, MIM)):
+        raise ConfigError(
+            f"the model {model.config.type!r} reads from left to right only: infilling from both sides needs one that was "
+            "trained as 'mim'; with forward_only it goes on from the prefix until it meets the suffix"
+        )
     decoder = model.config.decoder
     longest = max(map(len, holes), default=0) + 1 + 2 * config.max_new_tokens
     if decoder.positions == "learned" and longest > decoder.max_positions:
         raise DataError(f"a prefix or suffix leaves no room for {config.max_new_tokens} tokens in {decoder.max_positions}")
     readings = Readings(model, len(holes), longest)
-    meetings = [meet(hole, (end, start), model.config.r2l_token, config) for hole in holes]
+    r2l_token = getattr(model.config, "r2l_token", -1)
+    meetings = [meet(hole, (end, start), r2l_token, config) for hole in holes]
     return side_by_side(meetings, readings, readings.drop), readings.calls

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metalm.model import MetaLM
 from metalm.nn.attention import KVCache, Mask
-from metalm.objectives.mim import MIM
 
 
 class Reading(NamedTuple):
@@ -38,11 +38,13 @@ class RowCache(KVCache):
     """A cache in which every call says where its tokens go.
 
     Attributes:
+        num_rows: that it is made with.
         rows: of the cache that the call's are; None: all of them, in their order.
         slot_RT: int64, where their tokens go.
         end: of the slots that the call's queries may see.
     """
 
+    num_rows: int
     rows: list[int] | None
     slot_RT: Tensor
     end: int
@@ -50,8 +52,9 @@ class RowCache(KVCache):
     def append(self, layer: int, k_RGTD: Tensor, v_RGTD: Tensor) -> tuple[Tensor, Tensor]:
         """Stores the call's keys and values of a layer, and returns all that its rows have."""
         if self.keys[layer] is None:
-            R, G, _, D = k_RGTD.shape  # the first call is that of all rows
-            self.keys[layer], self.values[layer] = (x.new_zeros(R, G, self.capacity, D) for x in (k_RGTD, v_RGTD))
+            _, G, _, D = k_RGTD.shape
+            shape = self.num_rows, G, self.capacity, D
+            self.keys[layer], self.values[layer] = k_RGTD.new_zeros(shape), v_RGTD.new_zeros(shape)
         every = torch.arange(len(self.keys[layer]), device=k_RGTD.device)
         row_R = every if self.rows is None else every[self.rows]
         kept = []
@@ -63,20 +66,21 @@ class RowCache(KVCache):
 
 
 class Readings:
-    """The two readings of each of `holes`, by a MIM model. `calls` counts those of the model.
+    """The two readings of each of `holes`, by a model's decoder. `calls` counts those of the model.
 
     Args:
         longest: positions of a side, at most.
     """
 
-    def __init__(self, model: MIM, holes: int, longest: int):
+    def __init__(self, model: MetaLM, holes: int, longest: int):
         self.model, self.device = model, next(model.parameters()).device
         self.holes = list(range(holes))  # those that are still read
         self.cache = RowCache(model.config.decoder.layers, longest + 1)
+        self.cache.num_rows = 2 * holes
         self.calls = 0
 
     def __call__(self, requests: Mapping[int, Request]) -> dict[int, Reply]:
-        """Reads what holes, by their numbers, ask for, in one call. The first one is that of all of them."""
+        """Reads what holes, by their numbers, ask for, in one call."""
         self.calls += 1
         place = {hole: n for n, hole in enumerate(self.holes)}
         read = {2 * place[hole] + side: r for hole, request in requests.items() for side, r in enumerate(request) if r}

@@ -12,6 +12,7 @@ from metalm.config import build
 from metalm.errors import ConfigError, DataError
 from metalm.inference.infill import BACKWARD, FORWARD, Hole, InfillConfig, Infilling, Meetings, infill, meet, side_by_side
 from metalm.inference.readings import Reading, Readings
+from metalm.model import MetaLM, MetaLMConfig
 from metalm.objectives.mim import MIM, MIMConfig
 from metalm.segments import Document, Text, make_batch
 
@@ -251,6 +252,24 @@ def test_infilling_writes_what_greedy_decoding_writes(model):
         if one.ended in ("met", "forward"):
             assert one.tokens == greedy(model, hole.prefix, 24)[: len(one.tokens)]
     assert any(one.ended == "met" for one in found)
+
+
+def test_the_forward_side_alone_writes_until_it_meets_the_suffix(model):
+    """Greedily, one token a call: what infilling from both sides is compared with; any decoder does."""
+    decoder = MetaLM(MetaLMConfig(model.config.decoder)).double().eval()
+    decoder.load_state_dict(model.state_dict())
+    holes = make_holes(30)
+    # Every second one meets its suffix after three tokens, if not before.
+    holes = [Hole(h.prefix, [greedy(model, h.prefix, 4)[3]] if n % 2 else h.suffix or [5]) for n, h in enumerate(holes)]
+    found, _ = infill(decoder, holes, START, END, InfillConfig(max_new_tokens=24, ngram=1, forward_only=True))
+    for hole, one in zip(holes, found):
+        written = greedy(model, hole.prefix, 25)
+        stop = next((n for n, token in enumerate(written[:24]) if token in (hole.suffix[0], END)), 24)
+        ended = "met" if stop < 24 and written[stop] == hole.suffix[0] else "forward"
+        assert (one.tokens, one.ended, one.calls) == (written[:stop], ended, min(stop, 24) + 1)
+    assert "met" in {one.ended for one in found}
+    with pytest.raises(ConfigError, match="reads from left to right only"):
+        infill(decoder, holes, START, END)
 
 
 @pytest.mark.parametrize("config", [{"ngram": 1}, {"ngram": 2}, {"ngram": 1, "threshold": 0.03, "predict_suffix": True}])
