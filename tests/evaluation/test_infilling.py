@@ -14,32 +14,37 @@ from metalm.inference.infill import InfillConfig
 from metalm.training.config import load_run_config
 from metalm.training.loop import train
 
-COUNT = " ".join(["one two three four five six seven eight nine ten"] * 40)  # any hole in it can be filled with certainty
+WORDS = (
+    "alfa bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo sierra "
+    "tango uniform victor whiskey xray yankee zulu one two three four five six seven eight nine ten eleven twelve thirteen "
+    "fourteen"
+)
+TEXT = " ".join([WORDS] * 12)  # any hole in it can be filled with certainty
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("infilling")
-    (folder / "count.txt").write_text(COUNT)
+    (folder / "text.txt").write_text(TEXT)
     overrides = [
         f"out={folder / 'run'}",
-        f"data.path={folder / 'count.txt'}",
-        "tokenizer.vocab_size=280",
-        "model.decoder={layers: 2, width: 64, heads: 2, positions: rotary, max_positions: 128}",
-        "data.row_length=129",
-        "data.rows=8",
+        f"data.path={folder / 'text.txt'}",
+        "tokenizer.vocab_size=600",
+        "model.decoder={layers: 2, width: 64, heads: 2, positions: rotary, max_positions: 192}",
+        "data.row_length=193",
+        "data.rows=6",
         "data.workers=0",
         "data.validation=[]",
-        "training={steps: 120, lr: 3.0e-3, warmup: 10, precision: float32, checkpoint_every: 0, validate_every: 0}",
+        "training={steps: 200, lr: 5.0e-3, warmup: 10, precision: float32, checkpoint_every: 0, validate_every: 0}",
     ]
     train(load_run_config("text/mim.yaml", overrides))
     return folder / "run"
 
 
 def holes(path: Path) -> Path:
-    words = COUNT.split(" ")
+    words = TEXT.split(" ")
     rows = []
-    for start, length in ((20, 8), (33, 7), (47, 9)):
+    for start, length in ((54, 34), (110, 35), (171, 36)):
         hole = " ".join(["", *words[start : start + length]])
         end = start + length
         before, after = " ".join(words[start - 10 : start]), " ".join(["", *words[end : end + 10]])
@@ -48,11 +53,11 @@ def holes(path: Path) -> Path:
     return path
 
 
-def test_a_text_learned_by_heart_is_filled_in_about_half_the_calls(run, tmp_path):
+def test_a_text_learned_by_heart_is_filled_in_at_most_0_6_of_the_calls_from_left_to_right(run, tmp_path):
     infiller = Infiller.load(run, InfillConfig(max_new_tokens=40, ngram=4))
     result = evaluate_infilling(infiller, str(holes(tmp_path / "holes.jsonl")), "count")
     assert result.metrics["exact_match"] == result.metrics["met"] == 1
-    assert result.metrics["calls"] < 0.75 * result.metrics["calls_left_to_right"]
+    assert result.metrics["calls"] <= 0.6 * result.metrics["calls_left_to_right"]
     assert [row.score for row in result.predictions] == [1, 1, 1]
     # The three holes share their calls, in a batch; the same come out one by one, in all the calls that each takes.
     assert result.metrics["calls"] <= result.metrics["sequential_calls"] < 2 * result.metrics["calls"]
@@ -98,8 +103,8 @@ def test_what_cannot_be_filled_is_named(run, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="no row in it"):
         read_holes(tmp_path / "empty.jsonl")
-    with pytest.raises(ConfigError, match=r"max_new_tokens 64 .* 128 positions"):
-        Infiller.load(run, InfillConfig(max_new_tokens=64))([("a", "b")])
+    with pytest.raises(ConfigError, match=r"max_new_tokens 96 .* 192 positions"):
+        Infiller.load(run, InfillConfig(max_new_tokens=96))([("a", "b")])
 
 
 def test_a_model_that_reads_one_way_only_is_refused(tiny_yaml, tmp_path):

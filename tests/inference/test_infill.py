@@ -284,32 +284,6 @@ def test_a_model_fills_holes_side_by_side_as_each_alone(model, config):
     assert infill(model, [], START, END, config) == ([], 0)
 
 
-def test_a_model_that_is_sure_takes_at_most_0_6_of_the_calls_of_writing_from_left_to_right():
-    """Runs of an alphabet of 90 letters, learned from those that start at two of three letters, filled in the others."""
-    torch.manual_seed(0)
-    decoder = {"layers": 1, "width": 64, "heads": 2, "vocab_size": 100, "positions": "rotary"}
-    model = MIM(build(MIMConfig, {"decoder": decoder, "r2l_token": R2L}, "test"))
-    optimizer, rng = torch.optim.AdamW(model.parameters(), lr=5e-3), random.Random(0)
-    letters = list(range(10, 100))
-    for _ in range(200):
-        texts = []
-        for _ in range(8):
-            start = rng.choice([start for start in range(80) if start % 3])
-            texts.append([START, *letters[start : start + rng.randint(10, 64)], END])
-        batch = model.layout.collate([[model.layout.lay_out(text, rng, "")] for text in texts], 0)
-        optimizer.zero_grad()
-        (model(batch) / batch.num_targets).backward()
-        optimizer.step()
-    # Where runs begin, and where their holes begin and end.
-    runs = [(start, start + 4 + start % 5, start + 50 + start % 7) for start in range(0, 30, 3)]
-    holes = [Hole(letters[start:first], letters[last : last + 5]) for start, first, last in runs]
-    found, calls = infill(model.eval(), holes, START, END)
-    assert [one.tokens for one in found] == [letters[first:last] for _, first, last in runs]
-    written = sum(len(one.tokens) for one in found)
-    assert sum(one.calls for one in found) <= 0.6 * written  # hole by hole; together they share most of them:
-    assert calls <= 0.1 * written
-
-
 def test_bad_settings_and_too_long_texts():
     for config in ({"ngram": 0}, {"threshold": 1.5}, {"max_new_tokens": 0}):
         with pytest.raises(ConfigError, match=next(iter(config))):
