@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -107,6 +108,9 @@ class CompareConfig:
             )
         if unknown := sorted(set(self.budgets) - set(BUDGETS)):
             raise ConfigError(f"budgets: {unknown[0]!r} is none of {', '.join(BUDGETS)}")
+        for names in (self.candidates, self.yardsticks):
+            if len({folder_name(name) for name in names}) < len(names):
+                raise ConfigError(f"names must differ in more than signs, which folders do not have: {', '.join(names)}")
         if not (self.seeds and self.budgets) or min(self.epochs, self.jobs) < 1:
             raise ConfigError("seeds and budgets must name at least one, and epochs and jobs be at least 1")
         for name, yardstick in self.yardsticks.items():
@@ -172,20 +176,25 @@ def prepare(config: CompareConfig, out: Path) -> None:
     """Corpus, tokenizer and holes, once.
 
     Raises:
-        ConfigError: the folder holds a comparison on other data.
+        ConfigError: the folder holds a comparison on other data, or a candidate or yardstick of the same name that is another.
     """
-    basis = {name: getattr(config, name) for name in ("data", "per", "held_out", "vocab_size")}
     path = out / "basis.json"
-    if path.exists():
-        if json.loads(path.read_text()) != basis:
-            raise ConfigError(f"{out} holds a comparison on another corpus or tokenizer: choose another out, or remove it")
-        return
-    write_corpus(config.data, config.per, config.held_out, out / "corpus")
-    tokenizer = Tokenizer.train(texts([SourceConfig(str(out / "corpus/train"), "text")]), config.vocab_size)
-    (out / "tokenizer").mkdir(exist_ok=True)
-    tokenizer.save(out / "tokenizer")
-    write_holes(str(out / "corpus/val"), out / "holes.jsonl")
-    path.write_text(json.dumps(basis))
+    before = json.loads(path.read_text()) if path.exists() else {}
+    plain = asdict(config)
+    basis = {name: plain[name] for name in ("data", "per", "held_out", "vocab_size", "settings")}
+    basis |= {f"candidates.{name}": value for name, value in plain["candidates"].items()}
+    basis |= {f"yardsticks.{name}": value for name, value in plain["yardsticks"].items()}
+    for name, value in basis.items():
+        if before.get(name, value) != value:
+            raise ConfigError(f"{out} holds a comparison with another {name}: choose another out, or another name")
+    if not before:
+        shutil.rmtree(out / "corpus", ignore_errors=True)  # of a start that was stopped
+        write_corpus(config.data, config.per, config.held_out, out / "corpus")
+        tokenizer = Tokenizer.train(texts([SourceConfig(str(out / "corpus/train"), "text")]), config.vocab_size)
+        (out / "tokenizer").mkdir(exist_ok=True)
+        tokenizer.save(out / "tokenizer")
+        write_holes(str(out / "corpus/val"), out / "holes.jsonl")
+    path.write_text(json.dumps(before | basis))
 
 
 def settings_of(config: CompareConfig, candidate: Candidate, out: Path) -> list[str]:

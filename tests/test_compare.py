@@ -133,7 +133,7 @@ def test_table_and_page(settings, finished):
 
 def test_what_is_done_is_not_done_again(settings, finished, capsys):
     out = Path(settings["out"])
-    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.json") if path.name != "comparison.json"}
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.json") if path.name not in ("comparison.json", "basis.json")}
     figure = next(path for path in stamps if path.name == "labels.json" and "PMLM" in str(path))
     figure.unlink()  # as if it had been stopped before this one
     again = compare(make(settings, budgets=["tokens"]))
@@ -170,7 +170,9 @@ def test_what_is_refused(settings, finished, tmp_path):
         ({"seeds": []}, "must name at least one"),
         ({"yardsticks": {"a": {"task": "perplexity", "metric": "x", "candidates": ["MIM"]}}}, r"yardsticks\.a: 'MIM' is no"),
         ({"yardsticks": {"a": {"task": "tagging", "metric": "f1"}}}, "needs a config to train a head by"),
-        ({"vocab_size": 290}, "on another corpus or tokenizer"),
+        ({"vocab_size": 290}, "holds a comparison with another vocab_size"),
+        ({"candidates": settings["candidates"] | {"PMLM": {"config": "text/pmlm.yaml"}}}, r"with another candidates\.PMLM"),
+        ({"candidates": settings["candidates"] | {"PM LM": {"config": "a"}, "PM-LM": {"config": "a"}}}, "more than signs"),
     ):
         with pytest.raises(ConfigError, match=message):
             compare(make(settings, **change))
