@@ -133,7 +133,9 @@ def test_table_and_page(settings, finished):
 
 def test_what_is_done_is_not_done_again(settings, finished, capsys):
     out = Path(settings["out"])
-    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.json") if path.name not in ("comparison.json", "basis.json")}
+    stamps = {
+        path: path.stat().st_mtime_ns for path in out.rglob("*.json") if path.name not in ("comparison.json", "basis.json")
+    }
     figure = next(path for path in stamps if path.name == "labels.json" and "PMLM" in str(path))
     figure.unlink()  # as if it had been stopped before this one
     again = compare(make(settings, budgets=["tokens"]))
