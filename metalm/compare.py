@@ -236,7 +236,11 @@ def all_cells(config: CompareConfig, plans: dict[str, Plan], out: Path) -> Itera
         for budget in config.budgets:
             for name, plan in plans.items():
                 steps = plan.steps[budget]
-                yield Cell(name, steps, seed, out / "runs" / folder_name(name) / str(steps) / str(seed))
+                yield Cell(name, steps, seed, run_folder(out, name, steps, seed))
+
+
+def run_folder(out: Path, candidate: str, steps: int, seed: int) -> Path:
+    return out / "runs" / folder_name(candidate) / str(steps) / str(seed)
 
 
 def folder_name(name: str) -> str:
@@ -353,7 +357,7 @@ def gather(config: CompareConfig, plans: dict[str, Plan], out: Path) -> dict:
         results[budget] = {}
         for name, plan in plans.items():
             steps = plan.steps[budget]
-            folders = [out / "runs" / folder_name(name) / str(steps) / str(seed) for seed in config.seeds]
+            folders = [run_folder(out, name, steps, seed) for seed in config.seeds]
             validations = [read_validation(folder / "pretraining/metrics.jsonl") for folder in folders]
             results[budget][name] = {
                 "parameters": plan.parameters,
