@@ -41,7 +41,7 @@ class Dense(PMLM):
         stack = self.encoder.transformer
         mask = Mask(pseudo_masked(document_BN, batch.step_BK), B, N, N, x_BND.device)
         bias = None if stack.relative_bias is None else stack.relative_bias(position_BN, position_BN)
-        x_BND = stack(x_BND, position_BN, (Section(mask, bias),))
+        x_BND = stack(x_BND, position_BN, Section(mask, bias))
         return x_BND[:, :T], x_BND[:, T + K :]
 
 

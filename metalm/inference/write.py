@@ -55,7 +55,7 @@ class Writing:
         bias = None
         if encoder.transformer.relative_bias is not None:
             bias = encoder.transformer.relative_bias(positions, self.position_BC[:, : first + T])
-        return encoder.transformer(encoder.embedding(tokens_BT), positions, (NewColumns(mask, bias),), self.cache)
+        return encoder.transformer(encoder.embedding(tokens_BT), positions, NewColumns(mask, bias), self.cache)
 
     def step(self, tokens_B: Tensor | None) -> Tensor:
         """Logits [B, V] of the next token after `tokens_B`, the last one of each row; None at the start."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from metalm.nn.attention import Mask, Predicate, all_of, same_document
-from metalm.nn.transformer import Section, Transformer
+from metalm.nn.transformer import Section, Sections, Transformer
 
 BASE, ORIGINAL, PSEUDO = range(3)
 
@@ -73,4 +73,4 @@ def one_pass(stack: Transformer, x_BND: Tensor, position_BN: Tensor, document_BN
         column_T = torch.arange(T, device=x_BND.device)  # in the base, columns are as far from each other as positions
         base_bias = stack.relative_bias(column_T, column_T)
         appended_bias = stack.relative_bias(position_BN[:, T:], position_BN)
-    return stack(x_BND, position_BN, (Section(base, base_bias), Section(appended, appended_bias)))
+    return stack(x_BND, position_BN, Sections((Section(base, base_bias), Section(appended, appended_bias))))

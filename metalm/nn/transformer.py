@@ -6,7 +6,7 @@ x = x + attention(norm(x));  x = x + mlp(norm(x));  norm at the end
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,12 @@ class MLP(nn.Module):
         return self.down(F.gelu(x) if self.kind == "gelu" else F.relu(x))
 
 
+class Attends(Protocol):
+    """A way of attending other than one mask for all queries: what the queries take from the keys' values, [B, H, T, D]."""
+
+    def attend(self, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, dropout: float) -> Tensor: ...
+
+
 class Section(NamedTuple):
     """Queries with a mask of their own: `mask.queries` of them from `mask.first_query` on, over the first `mask.keys` keys."""
 
@@ -83,6 +89,15 @@ class Section(NamedTuple):
         first, keys = self.mask.first_query, self.mask.keys
         q_BHQD = q_BHTD[:, :, first : first + self.mask.queries]
         return attend(q_BHQD, k_BGTD[:, :, :keys], v_BGTD[:, :, :keys], self.mask, self.bias_BHQK, dropout)
+
+
+class Sections(NamedTuple):
+    """All queries, section by section."""
+
+    sections: tuple[Section, ...]
+
+    def attend(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, dropout: float) -> Tensor:
+        return torch.cat([section.attend(q_BHTD, k_BGTD, v_BGTD, dropout) for section in self.sections], dim=2)
 
 
 class Attention(nn.Module):
@@ -107,7 +122,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        mask: Mask | str | tuple[Section, ...],
+        mask: Mask | str | Attends,
         rotary: tuple[Tensor, Tensor] | None = None,
         bias_1HQK: Tensor | None = None,
         cache: KVCache | None = None,
@@ -121,10 +136,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        if isinstance(mask, tuple):
-            out = torch.cat([section.attend(q, k, v, dropout) for section in mask], dim=2)
-        else:
+        if isinstance(mask, Mask | str):
             out = attend(q, k, v, mask, bias_1HQK, dropout)
+        else:
+            out = mask.attend(q, k, v, dropout)
         return self.out(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -138,7 +153,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_BTD: Tensor, mask: Mask | str | tuple[Section, ...], rotary=None, bias_1HQK=None, cache=None, layer=0
+        self, x_BTD: Tensor, mask: Mask | str | Attends, rotary=None, bias_1HQK=None, cache=None, layer=0
     ) -> Tensor:
         attended = self.attention(self.attention_norm(x_BTD), mask, rotary, bias_1HQK, cache, layer)
         x_BTD = x_BTD + self.dropout(attended)
@@ -163,14 +178,14 @@ class Transformer(nn.Module):
         self,
         x_BTD: Tensor,
         position_BT: Tensor,
-        mask: Mask | str | tuple[Section, ...] = "full",
+        mask: Mask | str | Attends = "full",
         cache: KVCache | None = None,
     ) -> Tensor:
         """States [B, T, D] from input vectors [B, T, D] and position ids int64 [B, T].
 
         Args:
-            mask: one for all queries, whose relative bias is that of their columns; or the sections of the queries, in order,
-                each with its mask and its relative bias.
+            mask: one for all queries, whose relative bias is that of their columns; or another way of attending, which
+                brings its masks and its relative bias.
         """
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(position_BT).to(x_BTD.dtype)
@@ -178,7 +193,7 @@ class Transformer(nn.Module):
         rotary = bias = None
         if self.config.positions == "rotary":
             rotary = rotary_tables(position_BT, self.config.width // self.config.heads)
-        if self.relative_bias is not None and not isinstance(mask, tuple):
+        if self.relative_bias is not None and isinstance(mask, Mask | str):
             index_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
             bias = self.relative_bias(index_T, index_T)
         for layer, block in enumerate(self.blocks):
