@@ -17,7 +17,7 @@ import torch
 
 from metalm.config import build
 from metalm.inference.generate import batched
-from metalm.inference.infill import Hole, InfillConfig, Infilling, meet, side_by_side
+from metalm.inference.infill import Filling, Hole, InfillConfig, Infilling, side_by_side
 from metalm.inference.readings import Readings
 from metalm.objectives.mim import MIM, MIMConfig
 
@@ -60,7 +60,9 @@ def make_holes(number: int, noise: float) -> tuple[list[Hole], list[tuple[list[i
 def fill(model: MIM, holes: list[Hole], said: list) -> tuple[list[Infilling], int]:
     readings = Recited(model, holes, said)
     config = InfillConfig(max_new_tokens=LONGEST)
-    return side_by_side([meet(hole, (END, START), R2L, config) for hole in holes], readings, readings.drop), readings.calls
+    return side_by_side(
+        [Filling(hole, (END, START), R2L, config).steps() for hole in holes], readings, readings.drop
+    ), readings.calls
 
 
 def main() -> None:

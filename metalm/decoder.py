@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from metalm.errors import ConfigError
 from metalm.nn.attention import KVCache, Mask
 from metalm.nn.freezing import Trainable
-from metalm.nn.transformer import Transformer, TransformerConfig, init_weights
+from metalm.nn.transformer import Attends, Transformer, TransformerConfig, init_weights
 
 
 @dataclass
@@ -53,7 +53,9 @@ class CausalDecoder(nn.Module):
         """Token ids [...] to input vectors [..., D]; times sqrt(D) under sinusoids ("Attention Is All You Need", 3.4)."""
         return self.embedding(tokens) * self.scale
 
-    def forward(self, x_BTD: Tensor, position_BT: Tensor, mask: Mask | str = "causal", cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, position_BT: Tensor, mask: Mask | str | Attends = "causal", cache: KVCache | None = None
+    ) -> Tensor:
         """Hidden states [B, T, D]; `logits` turns those that are needed into predictions."""
         return self.transformer(x_BTD, position_BT, mask, cache)
 

@@ -21,6 +21,7 @@ from metalm.errors import ConfigError
 from metalm.nn.attention import KVCache, Mask, all_of, causal, same_branch, same_document
 from metalm.nn.freezing import set_trainable
 from metalm.nn.losses import linear_cross_entropy
+from metalm.nn.transformer import Attends
 from metalm.objectives.base import TextLayout
 from metalm.segments import Batch, SpanBatch
 
@@ -112,10 +113,13 @@ class MetaLM(nn.Module):
 
     def hidden(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
         """The decoder's states [B, T, D] at every position of the batch."""
+        return self.decoder(self.embed(batch), batch.position_BT, self.attention(batch), cache)
+
+    def attention(self, batch: Batch) -> Mask | Attends:
+        """What the batch's positions see of each other."""
         B, T = batch.tokens_BT.shape
         predicate = all_of(causal, same_document(batch.document_BT), same_branch(batch.branch_BT))
-        mask = Mask(predicate, B, T, T, batch.tokens_BT.device)
-        return self.decoder(self.embed(batch), batch.position_BT, mask, cache)
+        return Mask(predicate, B, T, T, batch.tokens_BT.device)
 
     def num_predictions(self, batch: Batch) -> int:
         return batch.num_targets

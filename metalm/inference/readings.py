@@ -7,6 +7,8 @@ A token lies in its row's key-value cache in the slot of its position, and a que
 has to be taken back: what a side was not to keep lies beyond its end, unseen, until it is written over. Padding goes to the
 last slot, which no token has.
 
+With synchronous attention (`metalm.nn.synchronous`) a row's keys are followed by those of the hole's other row.
+
 Shapes: R rows, T tokens that each of them reads in a call, V vocabulary.
 """
 
@@ -20,14 +22,20 @@ from torch import Tensor
 
 from metalm.model import MetaLM
 from metalm.nn.attention import KVCache, Mask
+from metalm.nn.synchronous import PLAIN, Synchronous, synchronous
 
 
 class Reading(NamedTuple):
-    """Tokens that a side reads, from its position `first` on, and how many of the last of them shall predict."""
+    """Tokens that a side reads, from its position `first` on, and how many of the last of them shall predict.
+
+    With synchronous attention the last token sees the other side up to its position `across`, which may be read in the same
+    call.
+    """
 
     first: int
     tokens: list[int]
     predict: int = 1
+    across: int = PLAIN
 
 
 Request = tuple[Reading | None, Reading | None]  # of a hole's forward and of its backward side
@@ -42,9 +50,11 @@ class RowCache(KVCache):
         rows: of the cache that the call's are; None: all of them, in their order.
         slot_RT: int64, where their tokens go.
         end: of the slots that the call's queries may see.
+        both_sides: a row sees its own slots, and after them those of the hole's other row.
     """
 
     num_rows: int
+    both_sides: bool
     rows: list[int] | None
     slot_RT: Tensor
     end: int
@@ -61,7 +71,8 @@ class RowCache(KVCache):
         for stored, new in ((self.keys[layer], k_RGTD), (self.values[layer], v_RGTD)):
             stored[row_R[:, None], :, self.slot_RT] = new.transpose(1, 2)
             seen = stored[:, :, : self.end]
-            kept.append(seen if self.rows is None else seen[row_R])
+            own = seen if self.rows is None else seen[row_R]
+            kept.append(torch.cat([own, seen[row_R ^ 1]], dim=2) if self.both_sides else own)
         return kept[0], kept[1]
 
 
@@ -77,6 +88,7 @@ class Readings:
         self.holes = list(range(holes))  # those that are still read
         self.cache = RowCache(model.config.decoder.layers, longest + 1)
         self.cache.num_rows = 2 * holes
+        self.cache.both_sides = self.synchronous = getattr(model.config, "synchronous", 0) > 0
         self.calls = 0
 
     def __call__(self, requests: Mapping[int, Request]) -> dict[int, Reply]:
@@ -87,23 +99,40 @@ class Readings:
         T = max(len(reading.tokens) for reading in read.values())
         # To let a row read a token of padding costs less than to copy the others' keys and values away from it.
         rows = sorted(read) if T > 1 else list(range(2 * len(self.holes)))
-        tokens, positions, slots, predicting = [], [], [], []
+        tokens, positions, slots, looks, predicting = [], [], [], [], []
         for r, row in enumerate(rows):
-            first, own, predict = read.get(row, Reading(0, [], 0))
+            first, own, predict, across = read.get(row, Reading(0, [], 0))
             padding, place_T = T - len(own), list(range(first, first + len(own)))
             tokens.append([*own, *[0] * padding])
             positions.append([*place_T, *[0] * padding])
             slots.append([*place_T, *[self.cache.capacity - 1] * padding])
+            looks.append([*[PLAIN] * (len(own) - 1), *[across] * bool(own), *[PLAIN] * padding])
             predicting += range(r * T + len(own) - predict, r * T + len(own))
         self.cache.rows = None if len(rows) == 2 * len(self.holes) else rows
-        self.cache.end = max(map(max, positions)) + 1
-        token_RT, position_RT, self.cache.slot_RT = torch.tensor([tokens, positions, slots], device=self.device)
-        mask = Mask(lambda b, h, q, k: k <= position_RT[b, q], len(rows), T, self.cache.end, self.device)
+        self.cache.end = 1 + max(max(row) for row in (*positions, *looks))
+        token_RT, position_RT, self.cache.slot_RT, across_RT = torch.tensor(
+            [tokens, positions, slots, looks], device=self.device
+        )
         decoder = self.model.decoder
-        hidden = decoder(decoder.embed(token_RT), position_RT, mask, self.cache).flatten(0, 1)
+        attention = self.attention(position_RT, across_RT)
+        hidden = decoder(decoder.embed(token_RT), position_RT, attention, self.cache).flatten(0, 1)
         logits = decoder.logits(hidden[torch.tensor(predicting, device=self.device)]).float().cpu()
         replies = dict(zip(sorted(read), logits.split([read[row].predict for row in sorted(read)])))
         return {hole: (replies.get(2 * place[hole]), replies.get(2 * place[hole] + 1)) for hole in requests}
+
+    def attention(self, position_RT: Tensor, across_RT: Tensor) -> Mask | Synchronous:
+        """A row sees its slots up to the query's own; and looks across where it is asked to."""
+        (R, T), end = position_RT.shape, self.cache.end
+        keys = 2 * end if self.synchronous else end
+        own = Mask(lambda b, h, q, k: k <= position_RT[b, q], R, T, keys, self.device)
+        if not self.synchronous:
+            return own
+
+        def other(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k >= end) & (k - end <= across_RT[b, q])
+
+        model = self.model
+        return synchronous(own, other, position_RT, across_RT, model.config.synchronous, model.rotary_width)
 
     def drop(self, hole: int) -> None:
         """The hole is not read any more."""

@@ -152,9 +152,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x_BTD: Tensor, mask: Mask | str | Attends, rotary=None, bias_1HQK=None, cache=None, layer=0
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, mask: Mask | str | Attends, rotary=None, bias_1HQK=None, cache=None, layer=0) -> Tensor:
         attended = self.attention(self.attention_norm(x_BTD), mask, rotary, bias_1HQK, cache, layer)
         x_BTD = x_BTD + self.dropout(attended)
         return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))

@@ -10,7 +10,7 @@ import torch
 
 from metalm.config import build
 from metalm.errors import ConfigError, DataError
-from metalm.inference.infill import BACKWARD, FORWARD, Hole, InfillConfig, Infilling, Meetings, infill, meet, side_by_side
+from metalm.inference.infill import BACKWARD, FORWARD, Filling, Hole, InfillConfig, Infilling, Meetings, infill, side_by_side
 from metalm.inference.readings import Reading, Readings
 from metalm.model import MetaLM, MetaLMConfig
 from metalm.objectives.mim import MIM, MIMConfig
@@ -56,7 +56,7 @@ def fill(oracles: list[Oracle], **config) -> tuple[list[Infilling], int]:
 
     hole, config = Hole(PREFIX, SUFFIX), InfillConfig(**config)
     filled: list[int] = []
-    found = side_by_side([meet(hole, (END, START), R2L, config) for _ in oracles], read, filled.append)
+    found = side_by_side([Filling(hole, (END, START), R2L, config).steps() for _ in oracles], read, filled.append)
     assert sorted(filled) == list(range(len(oracles)))
     assert [one.calls for one in found] == [oracle.calls for oracle in oracles]
     return found, calls
