@@ -75,6 +75,24 @@ def test_mim_becomes_a_decoder_with_the_same_logits(sources, tmp_path):
     assert torch.equal(docked.decoder.logits(docked.hidden(batch)), source.decoder.logits(source.hidden(batch)))
 
 
+def test_mim_goes_on_with_synchronous_attention_and_still_docks(sources, tmp_path):
+    """The second stage by the bundled configuration; it adds no parameter."""
+    second = "configs/text/mim-synchronous.yaml"
+    overrides = [f"out={tmp_path / 'second'}", f"init_from={sources['mim']}", f"data.path={tmp_path / 'story.txt'}"]
+    (tmp_path / "story.txt").write_text(STORY)
+    overrides += ["training.steps=2", "training.warmup=1", "training.lr=1e-30", "data.row_length=64", "data.workers=0"]
+    run = train(load_run_config(second, [*overrides, "training.validate_every=2", "training.precision=float32"]))
+    model, _ = load_pretrained(run, torch.float64)
+    first, tokenizer = load_pretrained(sources["mim"], torch.float64)
+    assert model.config.synchronous == 0.3 and model.layout.hole_share
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(model.parameters(), first.parameters(), strict=True))
+    assert "val_with_hole" in (tmp_path / "second/metrics.jsonl").read_text()
+    docked = load_run_config(start_from(tmp_path, "docked", {"init_from": str(run)}), ["training.lr=1e-30"])
+    decoder, _ = load_pretrained(train(docked), torch.float64)
+    batch = make_batch([[Document([Text([tokenizer.start, *tokenizer.encode("the red dog")])])]], {})
+    assert torch.allclose(decoder.hidden(batch), first.hidden(batch), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("mode", ["pmlm", "cloze", "words", "spelled pieces"])
 def test_an_encoder_of_text_becomes_metalms_with_the_same_states(sources, tmp_path, mode):
     part = {"init_from": str(sources[mode])}
