@@ -67,8 +67,8 @@ def compare(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example seeds=[0].")] = None,
 ) -> None:
     """Pretrain in several ways on the same text and judge all by the same yardsticks; the same command resumes."""
-    from metalm.compare import compare as run
-    from metalm.compare import load_compare_config
+    from metalm.comparison.compare import compare as run
+    from metalm.comparison.config import load_compare_config
 
     compare_config = load_compare_config(config, overrides or [])
     run(compare_config)

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from metalm.compare import CompareConfig, all_cells, compare, load_compare_config, make_plans, prepare
+from metalm.comparison.compare import compare
+from metalm.comparison.config import CompareConfig, load_compare_config
+from metalm.comparison.holes import write_holes
+from metalm.comparison.plan import all_cells, make_plans, prepare
+from metalm.comparison.report import spread, standard_error
 from metalm.config import build
 from metalm.data.sample import Question, Sample
 from metalm.data.shards import read_samples, write_shards
 from metalm.errors import ConfigError, TrainingError
-from metalm.evaluation.comparison import spread, standard_error
-from metalm.evaluation.holes import write_holes
 from metalm.evaluation.perplexity import evaluate_perplexity
 
 STACK = "{layers: 1, width: 16, heads: 1, positions: rotary, max_positions: 32}"

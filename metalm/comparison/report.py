@@ -29,7 +29,7 @@ def write_comparison(out: Path, comparison: dict) -> dict:
     """Writes `comparison.json`, `.md` and `.html` into `out`; returns the first with means and standard errors filled in.
 
     Args:
-        comparison: {"config", "results"}, as `metalm.compare.gather` makes it; every figure is a list, one a seed.
+        comparison: {"config", "results"}, as `metalm.comparison.compare.gather` makes it; every figure is a list, one a seed.
     """
     for candidates in comparison["results"].values():
         for row in candidates.values():
