@@ -6,7 +6,7 @@ An `Interface` knows which encoders a model has. It reads an image and a text th
     image + text encoder   [Span(image)] [Span(text)]
     image encoder alone    [Span(image)] Text(text)        the decoder reads the text itself
 
-so that no task below has to care.
+so that no task below has to care. Sounds and films are read as images are, and of several media each by its own encoder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from metalm.data.sample import Question, Sample
+from metalm.data.sample import Media, Question, Sample
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError, DataError
 from metalm.nn.packing import pack
@@ -24,6 +24,7 @@ from metalm.objectives.base import Objective, TextLayout
 from metalm.segments import IGNORE, Batch, Document, Span, Text, load_spans, make_batch
 
 CAPTION_PROMPT = "caption:"
+PLURALS = {"image": "images", "audio": "sounds", "video": "films"}
 Segments = list[Text | Span]
 
 
@@ -55,7 +56,7 @@ class Interface:
             return next((n for n, p in self.processors.items() if p.reads == set(reads)), None)
 
         self.fused = find("image", "text")
-        self.image = find("image")
+        self.readers = {kind: find(kind) for kind in ("image", "audio", "video")}
         self.text = find("text") or self.fused
 
     @classmethod
@@ -82,15 +83,21 @@ class Interface:
             raise ConfigError("this objective lets an encoder read text: the model needs a text or fused encoder")
         return self.span(self.text, {"tokens": tokens}, first_target)
 
-    def read(self, image: bytes | None, tokens: list[int]) -> Segments:
-        """An image, a text, or both, as the model's encoders read them."""
-        if image is None:
-            return [] if not tokens else [self.read_tokens(tokens)] if self.text else [Text(tokens, target=False)]
-        if self.fused:
-            return [self.span(self.fused, {"image": image, "tokens": tokens})]
-        if self.image is None:
-            raise ConfigError("the data hold images, but the model has no image or fused encoder")
-        return [self.span(self.image, {"image": image}), *self.read(None, tokens)]
+    def read(self, media: Media, tokens: list[int]) -> Segments:
+        """Media, a text, or both, as the model's encoders read them; a fused encoder reads the last image with the text."""
+        text = [] if not tokens else [self.read_tokens(tokens)] if self.text else [Text(tokens, target=False)]
+        if self.fused and media and media[-1][0] == "image":
+            text = [self.span(self.fused, {"image": media[-1][1], "tokens": tokens})]
+            media = media[:-1]
+        return [*(self.read_medium(kind, data) for kind, data in media), *text]
+
+    def read_medium(self, kind: str, data: bytes) -> Span:
+        if self.readers[kind]:
+            return self.span(self.readers[kind], {kind: data})
+        if kind == "image" and self.fused:
+            return self.span(self.fused, {"image": data, "tokens": []})
+        which = "image or fused" if kind == "image" else kind
+        raise ConfigError(f"the data hold {PLURALS[kind]}, but the model has no {which} encoder")
 
     @property
     def text_room(self) -> int:
@@ -102,19 +109,19 @@ class Interface:
         answers are joined, the same words are then the same tokens."""
         return self.tokenizer.encode(" " + text.strip())
 
-    def query(self, image: bytes | None, tokens: list[int], context: Sequence[int] = ()) -> Segments:
-        """An image, or a textual `context` in its place, and `tokens` on it.
+    def query(self, media: Media, tokens: list[int], context: Sequence[int] = ()) -> Segments:
+        """Media, or a textual `context` in their place, and `tokens` on them.
 
         A fused encoder reads both at once, others one by one; the context is what gets cut for room.
         """
         tokens = tokens[: self.text_room]
         if self.fused:
-            return self.read(image, [*context[: self.text_room - len(tokens)], *tokens])
-        return [*self.read(image, list(context[: self.text_room])), *self.read(None, tokens)]
+            return self.read(media, [*context[: self.text_room - len(tokens)], *tokens])
+        return [*self.read(media, list(context[: self.text_room])), *self.read([], tokens)]
 
-    def prompt(self, image: bytes | None, text: str) -> Segments:
-        """An instruction on an image: what the model reads before it answers."""
-        return self.query(image, self.encode(text) if text else [])
+    def prompt(self, media: Media, text: str) -> Segments:
+        """An instruction on media: what the model reads before it answers."""
+        return self.query(media, self.encode(text) if text else [])
 
     def turn(self, text: str, room: int) -> list[int]:
         """A text to predict with the `</s>` that ends it, cut to `room` tokens; what is cut does not end."""
@@ -165,16 +172,16 @@ def image_text(
         captions: so many of the sample's captions, each on its own.
         prefix: how often there is a prefix; without one the whole caption is predicted from the image alone.
     """
-    if not (sample.image or sample.text) or not sample.captions:
-        raise DataError(f"sample {sample.key!r}: the task image_text needs captions of an image (or of a text)")
-    context = interface.encode(sample.text) if sample.image is None else []
-    room = interface.room(interface.query(sample.image, [], context))
+    if not (sample.media or sample.text) or not sample.captions:
+        raise DataError(f"sample {sample.key!r}: the task image_text needs captions of an image, sound or film (or of a text)")
+    context = [] if sample.media else interface.encode(sample.text)
+    room = interface.room(interface.query(sample.media, [], context))
     turns = []
     for caption in rng.sample(sample.captions, min(captions, len(sample.captions))):
         tokens = interface.turn(caption, room)
         reads_prefix = interface.text and (prefix == 1 or rng.random() < prefix)
         p = rng.randint(0, min(len(tokens) - 1, interface.text_room)) if reads_prefix else 0
-        prompt = interface.query(sample.image, tokens[:p], context)
+        prompt = interface.query(sample.media, tokens[:p], context)
         turns.append([*prompt, Text(tokens[p:][: interface.room(prompt, least=1)])])
     yield from interface.documents(turns, sample.key)
 
@@ -199,9 +206,9 @@ def text(interface: Interface, sample: Sample, rng: random.Random, objective: Ob
 
 
 def captioning(interface: Interface, sample: Sample, rng: random.Random, captions: int = 1) -> Iterator[Document]:
-    """Fine-tuning for captions: the image with "caption:", one of its captions as the target, or `captions` of them."""
-    if sample.image is None or not sample.captions:
-        raise DataError(f"sample {sample.key!r}: the task captioning needs an image and captions")
+    """Fine-tuning for captions: the media with "caption:", one of its captions as the target, or `captions` of them."""
+    if not (sample.media and sample.captions):
+        raise DataError(f"sample {sample.key!r}: the task captioning needs an image, a sound or a film, and captions")
     prompt = caption_query(interface, sample)
     chosen = rng.sample(sample.captions, min(captions, len(sample.captions)))
     yield from interface.documents([interface.answer(prompt, caption) for caption in chosen], sample.key)
@@ -225,13 +232,13 @@ def own_task(interface: Interface, sample: Sample, rng: random.Random) -> Iterat
 
 
 def caption_query(interface: Interface, sample: Sample) -> Segments:
-    return interface.prompt(sample.image, CAPTION_PROMPT)
+    return interface.prompt(sample.media, CAPTION_PROMPT)
 
 
 def question_query(interface: Interface, sample: Sample, question: Question) -> Segments:
-    """What the model reads before it answers: the question on an image or, without one, on the sample's text."""
-    context = interface.encode(sample.text) if sample.image is None and sample.text else []
-    return interface.query(sample.image, interface.encode(question_prompt(question.question)), context)
+    """What the model reads before it answers: the question on the media or, without any, on the sample's text."""
+    context = interface.encode(sample.text) if sample.text and not sample.media else []
+    return interface.query(sample.media, interface.encode(question_prompt(question.question)), context)
 
 
 TASKS = {

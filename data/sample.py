@@ -2,7 +2,9 @@
 
 In a shard (a tar file) the members that share a name up to the first dot make one sample:
 
-    000042.jpg | .png   the picture, never re-encoded
+    000042.jpg | .png   the picture, never re-encoded; .1.jpg, .2.jpg, … are more of them
+    000042.wav | .flac | .ogg | .mp3   the sound
+    000042.mp4 | .webm | .mkv | .avi | .mov   the film
     000042.json         {"captions": ["a dog runs", …]} and/or {"text": "…"} and/or
                         {"questions": [{"id": "7", "question": "what runs?", "answers": ["dog"], "type": "what"}]}
                         and/or {"text": "New York", "tags": ["B-place", "I-place"]}
@@ -14,11 +16,17 @@ A question's answers are either a list (one answer, or the ten of VQAv2) or `sof
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from metalm.errors import DataError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+EXTENSIONS = {
+    "image": ("jpg", "jpeg", "png", "webp"),
+    "audio": ("wav", "flac", "ogg", "mp3"),
+    "video": ("mp4", "webm", "mkv", "avi", "mov"),
+}
+Media = Sequence[tuple[str, bytes]]  # each with its kind: image, audio or video
 
 
 @dataclass
@@ -41,7 +49,7 @@ class Question:
 
 @dataclass
 class Sample:
-    """One record: an encoded image (or none), captions, a text, questions; `key` names it in errors and results.
+    """One record: encoded media (or none), captions, a text, questions; `key` names it in errors and results.
 
     `tags` are those of the text's words, as white space parts them.
     """
@@ -52,21 +60,34 @@ class Sample:
     text: str = ""
     questions: list[Question] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
+    more_images: list[bytes] = field(default_factory=list)
+    audio: bytes | None = None
+    video: bytes | None = None
+
+    @property
+    def media(self) -> Media:
+        """What the sample shows and lets hear, images first."""
+        media = [("image", image) for image in (self.image, *self.more_images)]
+        media += [("audio", self.audio), ("video", self.video)]
+        return [(kind, data) for kind, data in media if data is not None]
 
 
 def sample_to_members(sample: Sample) -> dict:
     """The tar members of a sample, keyed by extension, as webdataset's writer takes them.
 
     Raises:
-        DataError: the key cannot name a member, or there is neither an image nor text.
+        DataError: the key cannot name a member, a medium's format is unknown, or there is neither a medium nor text.
     """
     if not sample.key or "." in sample.key or "/" in sample.key:
         raise DataError(f"sample key {sample.key!r}: a key must be non-empty, without dots and slashes")
     _require_content(sample)
     members: dict = {"__key__": sample.key}
-    if sample.image is not None:
-        members[_image_extension(sample.image)] = sample.image
-    record = {name: value for name, value in asdict(sample).items() if name not in ("key", "image") and value}
+    for number, image in enumerate([sample.image, *sample.more_images] if sample.image is not None else []):
+        members[f"{number}." * bool(number) + extension_of(image)] = image
+    for data in filter(None, (sample.audio, sample.video)):
+        members[extension_of(data)] = data
+    media = ("image", "more_images", "audio", "video")
+    record = {name: value for name, value in vars(sample).items() if name not in ("key", *media) and value}
     if sample.questions:
         record["questions"] = [{k: v for k, v in asdict(q).items() if v or k == "question"} for q in sample.questions]
     members["json"] = json.dumps(record, ensure_ascii=False).encode()
@@ -77,21 +98,23 @@ def sample_from_members(members: dict) -> Sample:
     """The sample that a tar's members make.
 
     Raises:
-        DataError: the JSON does not parse, a field has the wrong type, or there is neither image nor text.
+        DataError: the JSON does not parse, a field has the wrong type, or there is neither a medium nor text.
     """
     key = members["__key__"]
     extensions = {name.lower(): value for name, value in members.items() if not name.startswith("__")}
-    image = next((extensions[ext] for ext in IMAGE_EXTENSIONS if ext in extensions), None)
+    media = {kind: next((extensions[e] for e in names if e in extensions), None) for kind, names in EXTENSIONS.items()}
+    has_media = any(data is not None for data in media.values())
     try:
         record = json.loads(extensions["json"]) if "json" in extensions else {}
         if "txt" in extensions:
-            # An image's .txt is its caption, the convention of most public image-text shards.
+            # A picture's .txt is its caption, the convention of most public image-text shards.
             text = extensions["txt"].decode("utf-8")
-            record.update({"captions": [text]} if image is not None else {"text": text})
+            record.update({"captions": [text]} if has_media else {"text": text})
         captions = record.get("captions", record.get("caption", []))
         sample = Sample(
             key=key,
-            image=image,
+            **media,
+            more_images=_more_images(extensions),
             captions=_strings(captions),
             text=_string(record.get("text", "")),
             questions=[_question(**q) for q in record.get("questions", [])],
@@ -104,14 +127,31 @@ def sample_from_members(members: dict) -> Sample:
 
 
 def _require_content(sample: Sample) -> None:
-    if sample.image is None and not (sample.text or sample.captions or sample.questions):
-        raise DataError(f"sample {sample.key!r}: neither an image nor text")
+    if not (sample.media or sample.text or sample.captions or sample.questions):
+        raise DataError(f"sample {sample.key!r}: neither a picture, a sound or a film nor text")
 
 
-def _image_extension(image: bytes) -> str:
-    if image[:4] == b"\x89PNG":
-        return "png"
-    return "webp" if image[:4] == b"RIFF" and image[8:12] == b"WEBP" else "jpg"
+def _more_images(members: dict[str, bytes]) -> list[bytes]:
+    """Members such as `1.jpg`, by their numbers."""
+    numbered = {}
+    for name, data in members.items():
+        number, _, extension = name.partition(".")
+        if number.isdecimal() and extension in EXTENSIONS["image"]:
+            numbered[int(number)] = data
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def extension_of(data: bytes) -> str:
+    """The file extension of a medium, by its first bytes; `jpg` where they say nothing."""
+    if data[:4] == b"RIFF":
+        return {b"WEBP": "webp", b"WAVE": "wav", b"AVI ": "avi"}.get(data[8:12], "jpg")
+    if data[4:8] == b"ftyp":
+        return "mov" if data[8:10] == b"qt" else "mp4"
+    if data[:4] == b"\x1aE\xdf\xa3":
+        return "webm" if b"webm" in data[:64] else "mkv"
+    if data[:3] == b"ID3" or (data[:1] == b"\xff" and data[1:2] in (b"\xfb", b"\xf3", b"\xf2", b"\xfa")):
+        return "mp3"
+    return {b"\x89PNG": "png", b"fLaC": "flac", b"OggS": "ogg"}.get(data[:4], "jpg")
 
 
 def _question(id, question, answers=(), soft_answers=None, type="") -> Question:

@@ -200,7 +200,11 @@ def infill(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="What to go on from.")] = "",
-    image: Annotated[Path | None, typer.Option(help="A picture that goes before the prompt.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture that goes before the prompt; several in their order.")
+    ] = None,
+    audio: Annotated[Path | None, typer.Option(help="A sound that goes before the prompt.")] = None,
+    video: Annotated[Path | None, typer.Option(help="A film that goes before the prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy, more is more random.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
@@ -209,17 +213,19 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
 ) -> None:
-    """Answer a prompt, about a picture if there is one."""
+    """Answer a prompt, about a picture, a sound or a film if there is one."""
     from metalm.errors import ConfigError, DataError
     from metalm.evaluation.predictor import Predictor
     from metalm.inference.generate import GenerationConfig
     from metalm.pretrained import read_model_config
     from metalm.segments import Document
 
-    if not prompt and image is None:
-        raise ConfigError("give --prompt, --image, or both")
-    if image is not None and not image.is_file():
-        raise DataError(f"no picture at {image}")
+    given = [("image", path) for path in image or []] + [(k, p) for k, p in (("audio", audio), ("video", video)) if p]
+    if not prompt and not given:
+        raise ConfigError("give --prompt, or --image, --audio or --video, or both")
+    for kind, path in given:
+        if not path.is_file():
+            raise DataError(f"no {kind} at {path}")
     if read_model_config(model).get("type") == "seq2seq":
         from metalm.inference.write import write_texts
         from metalm.pretrained import load_pretrained
@@ -228,7 +234,8 @@ def generate(
         return
     settings = GenerationConfig(max_new_tokens, beams, temperature, top_p, length_penalty, seed)
     predictor = Predictor.load(model, settings, dtype=dtype)
-    document = Document(predictor.interface.prompt(image and image.read_bytes(), prompt), str(image or "prompt"))
+    media = [(kind, path.read_bytes()) for kind, path in given]
+    document = Document(predictor.interface.prompt(media, prompt), ", ".join(str(path) for _, path in given) or "prompt")
     print(predictor([document])[0])
 
 

@@ -1,14 +1,12 @@
-"""Captioning: `[image] "caption:" -> caption`, scored by pycocoevalcap."""
+"""Captioning: `[image, sound or film] "caption:" -> caption`, scored by pycocoevalcap."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 from metalm.data.prompts import caption_query
 from metalm.data.sample import Sample
 from metalm.data.shards import read_samples
 from metalm.errors import DataError
-from metalm.evaluation.blind import blank_image
+from metalm.evaluation.blind import blank
 from metalm.evaluation.caption_metrics import caption_metrics
 from metalm.evaluation.predictor import Predictor
 from metalm.evaluation.result import Prediction, Result
@@ -33,8 +31,7 @@ def evaluate_captioning(
     samples = read_captioned(data, limit)
     pool = read_captioned(shots_data, 0) if shots and shots_data else samples
     if blind:
-        samples = [replace(sample, image=blank_image(sample.image)) for sample in samples]
-        pool = [replace(sample, image=blank_image(sample.image)) for sample in pool]
+        samples, pool = [blank(sample) for sample in samples], [blank(sample) for sample in pool]
     prompts = few_shot(
         samples,
         pool,
@@ -60,13 +57,13 @@ def evaluate_captioning(
 
 
 def read_captioned(data: str, limit: int) -> list[Sample]:
-    """Every sample with an image and captions."""
+    """Every sample with an image, a sound or a film, and captions."""
     samples = []
     for number, sample in enumerate(read_samples(data)):
         if limit and number == limit:
             break
-        if sample.image is not None and sample.captions:
+        if sample.media and sample.captions:
             samples.append(sample)
     if not samples:
-        raise DataError(f"{data}: no sample has both an image and captions")
+        raise DataError(f"{data}: no sample has both an image, a sound or a film, and captions")
     return samples

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 from metalm.data.prompts import question_query
 from metalm.data.sample import Question, Sample
 from metalm.data.shards import read_samples
 from metalm.errors import DataError
-from metalm.evaluation.blind import blank_image
+from metalm.evaluation.blind import blank
 from metalm.evaluation.predictor import Predictor
 from metalm.evaluation.result import Prediction, Result
 from metalm.evaluation.shots import few_shot
@@ -44,7 +43,7 @@ def evaluate_vqa(
     asked = read_questions(data, limit)
     pool = read_questions(shots_data, 0) if shots and shots_data else asked
     if blind:
-        asked, pool = blank(asked), blank(pool)
+        asked, pool = blanked(asked), blanked(pool)
     prompts = few_shot(
         asked,
         pool,
@@ -93,7 +92,7 @@ def majority(questions: Sequence[Question]) -> float:
     return sum(score_question(commonest, question) for question in questions) / len(questions)
 
 
-def blank(asked: Sequence[Asked]) -> list[Asked]:
-    """The same questions on an even grey picture of the same size."""
-    samples = {id(sample): replace(sample, image=blank_image(sample.image)) for sample, _ in asked if sample.image}
+def blanked(asked: Sequence[Asked]) -> list[Asked]:
+    """The same questions on media without content."""
+    samples = {id(sample): blank(sample) for sample, _ in asked if sample.media}
     return [(samples.get(id(sample), sample), question) for sample, question in asked]

@@ -64,8 +64,8 @@ def flops_per_step(config: RunConfig, model: nn.Module) -> int:
 
 
 def sample_document(interface: Interface, length: int) -> Document:
-    """A text as long as the model takes, where it lays texts out itself; else what the model can read: an image with 16 tokens
-    of text, 64 more for an encoder of text alone, and 48 to predict, or what there is room for.
+    """A text as long as the model takes, where it lays texts out itself; else what the model can read: media with 16 tokens of
+    text, 64 more for an encoder of text alone, and 48 to predict, or what there is room for.
 
     Raises:
         ConfigError: a row does not hold what the encoders make of that.
@@ -74,9 +74,11 @@ def sample_document(interface: Interface, length: int) -> Document:
 
     if interface.layout:
         return interface.layout.lay_out([0] * interface.layout.room(length), random.Random(0), "")
-    image = one_pixel_png() if interface.image or interface.fused else None
+    media = [(kind, interface.processors[name].blank()[kind]) for kind, name in interface.readers.items() if name]
+    if interface.fused:
+        media = [("image", one_pixel_png())]
     words = interface.text_room
-    prompt = interface.read(image, [0] * min(16, words))
+    prompt = interface.read(media, [0] * min(16, words))
     if interface.text and interface.text != interface.fused:
         prompt.append(interface.read_tokens([0] * max(1, min(64, words, (length - sum(map(len, prompt))) // 2))))
     room = length - sum(map(len, prompt))

@@ -87,7 +87,7 @@ def test_broken_samples_are_named(tmp_path):
     assert "no text" in found["mute"]
     assert "a caption is empty" in found["blank"]
     assert "unreadable annotation" in found["torn"]
-    assert "neither an image nor text" in found["void"]
+    assert "neither a picture, a sound or a film nor text" in found["void"]
     assert f"{tmp_path}/bad.tar: sample 'torn'" in render(report)
 
 

@@ -240,7 +240,7 @@ def test_long_texts_are_cut_where_they_are_read(tokenizer):
 
 def test_a_prompt_without_room_for_an_answer_is_refused(tokenizer):
     model = interface(tokenizer, "image")
-    length = sum(map(len, model.prompt(IMAGE, QUESTION)))
+    length = sum(map(len, model.prompt([("image", IMAGE)], QUESTION)))
     model.max_length = length + 2
     assert len(next(vqa(model, ASKED, random.Random(0))).segments[-1]) == 2
     model.max_length = length + 1
@@ -265,9 +265,9 @@ def test_layouts_make_batches(tokenizer):
 @pytest.mark.parametrize(
     "task, sample, message",
     [
-        (image_text, TOLD, r"'told': the task image_text needs captions of an image \(or of a text\)"),
-        (image_text, ASKED, r"'asked': the task image_text needs captions of an image \(or of a text\)"),
-        (captioning, Sample("bare", IMAGE), "'bare': the task captioning needs an image and captions"),
+        (image_text, TOLD, r"'told': the task image_text needs captions of an image, sound or film"),
+        (image_text, ASKED, r"'asked': the task image_text needs captions of an image, sound or film"),
+        (captioning, Sample("bare", IMAGE), "'bare': the task captioning needs an image, a sound or a film, and captions"),
         (vqa, PAIR, "'pair': the task vqa needs questions"),
         (vqa, Sample("open", IMAGE, questions=[Question("9", "why?")]), "'open': question '9' has no answer"),
     ],
@@ -296,7 +296,7 @@ def test_every_task_has_a_name():
 
 def test_an_image_alone_is_a_prompt(tokenizer):
     for encoders in (["fused"], ["image"]):
-        segments = interface(tokenizer, *encoders).prompt(IMAGE, "")
+        segments = interface(tokenizer, *encoders).prompt([("image", IMAGE)], "")
         assert [len(s) for s in segments if len(s)] == [PATCHES]
         assert inputs_and_targets(Document([*segments, Text([7])]))[1] == [IGNORE] * 3 + [7, IGNORE]
 

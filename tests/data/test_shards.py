@@ -153,7 +153,7 @@ def test_a_missing_shard_is_reported(tmp_path):
         (b'{"text": {}}', "a string was expected"),
         (b'{"captions": ["a"], "questions": [{"id": "1"}]}', "question"),
         (b'{"captions": ["a"], "questions": [{"id": "1", "question": "q", "soft_answers": ["x"]}]}', "AttributeError"),
-        (b"{}", "neither an image nor text"),
+        (b"{}", "neither a picture, a sound or a film nor text"),
     ],
 )
 def test_a_broken_annotation_names_the_sample(annotation, message):

@@ -124,7 +124,7 @@ def read_samples_of_one():
 def test_data_without_questions_or_captions_is_said(run, scenes):
     with pytest.raises(DataError, match="no sample has a question with an answer"):
         evaluate_vqa(predictor(run, 1), str(scenes / "images"))
-    with pytest.raises(DataError, match="no sample has both an image and captions"):
+    with pytest.raises(DataError, match="no sample has both an image, a sound or a film, and captions"):
         evaluate_captioning(predictor(run, 1), str(scenes / "text"))
 
 
