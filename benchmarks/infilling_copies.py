@@ -1,10 +1,10 @@
 """Calls that infilling takes where the model is confident: holes in lines whose copies stand left and right of them.
 
-    python -m benchmarks.infilling_copies [--steps 1500] [--holes 500] [--threads 1]
+    python -m benchmarks.infilling_copies [--steps 2000] [--holes 500] [--threads 1]
 
     <s>  7 3 9 5  #  7 [3 9] 5  #  7 3 9 5  </s>      a line of random tokens three times, the hole in the middle one
 
-The lines are new: drawn at random, 16 to 32 tokens of 200, none is ever seen twice. What is learnt is to copy, from the left
+The lines are new: drawn at random, 24 to 40 tokens of 200, none is ever seen twice. What is learnt is to copy, from the left
 and from the right. Calls of the model, one after another, are those that a hole takes; left to right it takes one a token and
 one for the context. Bar: at most 0.6 times as many.
 """
@@ -26,16 +26,16 @@ START, END, R2L, LINE_END, FIRST, VOCABULARY = 0, 1, 2, 3, 4, 204
 
 
 def make_line(rng: random.Random) -> list[int]:
-    return [rng.randrange(FIRST, VOCABULARY) for _ in range(rng.randint(16, 32))]
+    return [rng.randrange(FIRST, VOCABULARY) for _ in range(rng.randint(24, 40))]
 
 
 def make_hole(rng: random.Random) -> tuple[Hole, list[int]]:
-    """Context and answer; the hole has 8 to 16 tokens."""
+    """Context and answer; the hole has 16 to 24 tokens."""
     line = make_line(rng)
-    length = rng.randint(8, 16)
+    length = rng.randint(16, 24)
     start = rng.randint(0, len(line) - length)
     middle = line[start : start + length]
-    return Hole([*line, LINE_END, *line[:start]], [*line[start + length :], LINE_END, *line]), middle
+    return Hole([*line, LINE_END, *line[:start]], [*line[start + length :], LINE_END, *line, END]), middle
 
 
 def train(model: MIM, steps: int, rng: random.Random, rows: int = 24) -> None:
@@ -59,7 +59,7 @@ def train(model: MIM, steps: int, rng: random.Random, rows: int = 24) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.infilling_copies", description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--holes", type=int, default=500)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -71,8 +71,8 @@ def main() -> None:
     train(model.train(), arguments.steps, rng)
     holes = [make_hole(rng) for _ in range(arguments.holes)]
     for name, config in (
-        ("from both sides", InfillConfig(max_new_tokens=48)),
-        ("left to right", InfillConfig(max_new_tokens=48, forward_only=True)),
+        ("from both sides", InfillConfig(max_new_tokens=48, ngram=2)),
+        ("left to right", InfillConfig(max_new_tokens=48, ngram=2, forward_only=True)),
     ):
         found = []
         for group in batched([hole for hole, _ in holes], 50):

@@ -149,7 +149,7 @@ def extension_of(data: bytes) -> str:
         return "mov" if data[8:10] == b"qt" else "mp4"
     if data[:4] == b"\x1aE\xdf\xa3":
         return "webm" if b"webm" in data[:64] else "mkv"
-    if data[:3] == b"ID3" or (data[:1] == b"\xff" and data[1:2] in (b"\xfb", b"\xf3", b"\xf2", b"\xfa")):
+    if data[:3] == b"ID3" or (len(data) > 1 and data[0] == 0xFF and data[1] >= 0xE0):  # a JPEG's second byte is D8
         return "mp3"
     return {b"\x89PNG": "png", b"fLaC": "flac", b"OggS": "ogg"}.get(data[:4], "jpg")
 

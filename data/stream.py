@@ -24,11 +24,11 @@ from metalm.config import plugin
 from metalm.data.prompts import TASKS, Interface
 from metalm.data.sample import Sample
 from metalm.data.shards import list_shards, read_shard
-from metalm.data.views import draw_view
+from metalm.data.views import View, Warp, draw_view, draw_warp
 from metalm.errors import ConfigError, DataError
 from metalm.nn.packing import pack
 from metalm.objectives import OBJECTIVES
-from metalm.segments import Batch, Document, map_inputs
+from metalm.segments import Batch, Document, Span, map_inputs
 
 
 @dataclass
@@ -39,7 +39,8 @@ class SourceConfig:
     `captions` of an image are learned at each visit, by the tasks `image_text` and `captioning`; `prefix` is how often the task
     `image_text` gives a caption's beginning to the encoder, as the paper always does: what is said first, the subject, is
     otherwise seldom predicted from the image alone. `crop` below 1 shows a part of the image, drawn anew at each visit, of at
-    least this share of either side; `mirror` shows every second one mirrored, which is for captions without left and right.
+    least this share of either side; `mirror` shows every second one mirrored, which is for captions without left and right;
+    `perturb` lets sounds be heard with another pitch and tempo, by up to this share, and with as wide gaps.
     """
 
     shards: str | list[str]
@@ -49,6 +50,7 @@ class SourceConfig:
     prefix: float = 1.0
     crop: float = 1.0
     mirror: bool = False
+    perturb: float = 0.0
     objective: object = plugin(OBJECTIVES, default=None)
 
     def __post_init__(self):
@@ -64,6 +66,8 @@ class SourceConfig:
             raise ConfigError(f"prefix {self.prefix} is a share of the captions of the task image_text, from 0 to 1")
         if not 0 < self.crop <= 1:
             raise ConfigError(f"crop {self.crop} is the least share of a side that is kept, above 0 and at most 1")
+        if not 0 <= self.perturb < 1:
+            raise ConfigError(f"perturb {self.perturb} is the most by which a sound is changed, from 0 to below 1")
         if self.task != "text" and self.objective is not None:
             raise ConfigError(f"the task {self.task!r} takes no objective")
 
@@ -287,15 +291,25 @@ class PackedStream(IterableDataset):
         if self.sources[i].prefix < 1:
             arguments["prefix"] = self.sources[i].prefix
         documents = list(TASKS[self.sources[i].task](self.interface, sample, rng, **arguments))
+        views = {}
         if self.sources[i].crop < 1 or self.sources[i].mirror:
-            view = draw_view(self.sources[i].crop, self.sources[i].mirror, rng)
-            documents = [map_inputs(document, lambda span: {**span.inputs, "view": view}) for document in documents]
+            views["image"] = draw_view(self.sources[i].crop, self.sources[i].mirror, rng)
+        if self.sources[i].perturb:
+            views["audio"] = draw_warp(self.sources[i].perturb, rng)
+        if views:
+            documents = [map_inputs(document, lambda span: view_of(span, views)) for document in documents]
         for document in documents:
             if len(document) > self.config.row_length:
                 raise DataError(
                     f"sample {document.key!r}: {len(document)} positions do not fit data.row_length={self.config.row_length}"
                 )
         return documents
+
+
+def view_of(span: Span, views: dict[str, View | Warp]) -> dict:
+    """The span's inputs, with the view of its medium."""
+    view = next((view for kind, view in views.items() if kind in span.inputs), None)
+    return {**span.inputs, "view": view} if view else span.inputs
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:

@@ -11,6 +11,8 @@ ENCODERS = Registry(
         "fused": "metalm.encoders.fused:FusedEncoder",
         "two_tower": "metalm.encoders.two_tower:TwoTowerEncoder",
         "vit": "metalm.encoders.vit:ViT",
+        "log_mel": "metalm.encoders.log_mel:LogMelEncoder",
+        "speech": "metalm.encoders.speech:SpeechEncoder",
         "timm": "metalm.encoders.image:TimmEncoder",
         "open_clip": "metalm.encoders.image:OpenClipEncoder",
     },

@@ -78,13 +78,15 @@ def compare(
 
 @app.command()
 def evaluate(
-    task: Annotated[str, typer.Argument(help="vqa, captioning, perplexity, classification, tagging, seq2seq, or infilling.")],
+    task: Annotated[
+        str, typer.Argument(help="vqa, captioning, transcription, perplexity, classification, tagging, seq2seq, infilling.")
+    ],
     model: Model,
     data: Shards,
     out: Annotated[Path, typer.Option(help="The result, a JSON file.")],
     shots: Annotated[int, typer.Option(help="Worked examples before each query.")] = 0,
     shots_data: Annotated[str, typer.Option(help="Shards to draw them from; empty: --data itself.")] = "",
-    blind: Annotated[bool, typer.Option("--blind", help="Blank every picture: the first thing to beat.")] = False,
+    blind: Annotated[bool, typer.Option("--blind", help="Blank every picture, or sound: the first thing to beat.")] = False,
     spice: Annotated[bool, typer.Option("--spice", help="Score captions by SPICE too.")] = False,
     beams: Annotated[int, typer.Option(help="Beam search with so many beams.")] = 1,
     length_penalty: Annotated[float, typer.Option(help="Beam scores are divided by length to this power.")] = 1.0,
@@ -105,7 +107,7 @@ def evaluate(
     from metalm.inference.generate import GenerationConfig
     from metalm.registry import did_you_mean
 
-    tasks = ["vqa", "captioning", "perplexity", "classification", "tagging", "seq2seq", "infilling"]
+    tasks = ["vqa", "captioning", "transcription", "perplexity", "classification", "tagging", "seq2seq", "infilling"]
     if task not in tasks:
         raise ConfigError(f"no evaluation is called {task!r}{did_you_mean(task, tasks)}")
     if spice and task != "captioning":
@@ -139,6 +141,11 @@ def evaluate(
         return
     generation = GenerationConfig(max_new_tokens, beams, length_penalty=length_penalty)
     predictor = Predictor.load(model, generation, batch_size, dtype)
+    if task == "transcription":
+        from metalm.evaluation.transcription import evaluate_transcription
+
+        report_result(evaluate_transcription(predictor, data, model, blind, limit), out)
+        return
     arguments = {"shots": shots, "shots_data": shots_data, "blind": blind, "limit": limit, "seed": seed}
     if task == "vqa":
         result = evaluate_vqa(predictor, data, model, **arguments)

@@ -20,6 +20,7 @@ from metalm.data.importers.labelled import labelled
 from metalm.data.importers.okvqa import okvqa
 from metalm.data.importers.pairs import pairs
 from metalm.data.importers.questions import questions
+from metalm.data.importers.sounds import sounds
 from metalm.data.importers.text import text
 from metalm.data.importers.vqav2 import vqav2
 from metalm.data.sample import Sample
@@ -43,6 +44,7 @@ IMPORTERS: dict[str, Importer] = {
     "labelled": Importer(labelled, "texts, or pairs of texts, with labels: .tsv or .csv with a header, or JSON Lines"),
     "pairs": Importer(pairs, "texts and what they become (E2E NLG's CSV): .csv or .tsv with a header, or JSON Lines"),
     "questions": Importer(questions, "questions made by rule from the captions of shards, on texts or on images"),
+    "sounds": Importer(sounds, "sounds with their texts or labels, named in JSON Lines; joined to sequences, if wanted"),
     "text": Importer(text, "plain text or JSON Lines, .gz of either, or a folder of these"),
     "jsonl": Importer(jsonl, "your own data: JSON Lines with image, caption(s), question, answer(s) columns by name"),
 }

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from metalm.data.importers.annotations import read_json
-from metalm.data.importers.images import ImageSource, open_images, sample_key
+from metalm.data.importers.media import MediaSource, open_media, sample_key
 from metalm.data.sample import Sample
 from metalm.errors import DataError
 
 
 def coco_captions(
-    images: str | Path | ImageSource, annotations: str | Path, split: str = "", skip_missing: bool = False
+    images: str | Path | MediaSource, annotations: str | Path, split: str = "", skip_missing: bool = False
 ) -> Iterator[Sample]:
     """COCO's captioned photos, each a sample with its captions.
 
@@ -30,7 +30,7 @@ def coco_captions(
     Raises:
         DataError: a file or photo is missing, the JSON is of another kind, or the split is not in it.
     """
-    source = open_images(images, skip_missing)
+    source = open_media(images, skip_missing)
     record = read_json(annotations, "images")
     karpathy = any("sentences" in image for image in record["images"])
     try:

@@ -17,14 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from metalm.data.importers.annotations import read_lines
-from metalm.data.importers.images import ImageSource, open_images, sample_key
+from metalm.data.importers.media import MediaSource, open_media, sample_key
 from metalm.data.sample import Question, Sample
 from metalm.errors import DataError
 
 REFERENCE = re.compile(r"\s*\b(?:(?:in|on|of|at|from) )?(?:(?:the|this) )?image ?(\d+)\b", re.IGNORECASE)
 
 
-def daquar(images: str | Path | ImageSource, annotations: str | Path, skip_missing: bool = False) -> Iterator[Sample]:
+def daquar(images: str | Path | MediaSource, annotations: str | Path, skip_missing: bool = False) -> Iterator[Sample]:
     """DAQUAR's photos, each a sample with all its questions, which are numbered by their place in the file.
 
     Args:
@@ -35,7 +35,7 @@ def daquar(images: str | Path | ImageSource, annotations: str | Path, skip_missi
     Raises:
         DataError: a question names no picture or has no answer, or a photo is missing.
     """
-    source = open_images(images, skip_missing)
+    source = open_media(images, skip_missing)
     lines = [(number, line.strip()) for number, line in read_lines(annotations) if line.strip()]
     if len(lines) % 2:
         raise DataError(f"{annotations}, line {lines[-1][0]}: the last question has no answer line")

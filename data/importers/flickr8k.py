@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from metalm.data.importers.annotations import read_lines
-from metalm.data.importers.images import ImageSource, open_images, sample_key
+from metalm.data.importers.media import MediaSource, open_media, sample_key
 from metalm.data.sample import Sample
 from metalm.errors import DataError
 
@@ -20,7 +20,7 @@ SPLITS = {"train": "train", "dev": "dev", "val": "dev", "test": "test"}
 
 
 def flickr8k(
-    images: str | Path | ImageSource, annotations: str | Path, split: str = "", skip_missing: bool = False
+    images: str | Path | MediaSource, annotations: str | Path, split: str = "", skip_missing: bool = False
 ) -> Iterator[Sample]:
     """Flickr8k's photos, each a sample with its captions.
 
@@ -33,7 +33,7 @@ def flickr8k(
     Raises:
         DataError: a file or photo is missing, a line is malformed, or the split has no list.
     """
-    source = open_images(images, skip_missing)
+    source = open_media(images, skip_missing)
     path = Path(annotations)
     folder = path if path.is_dir() else path.parent
     captions = read_captions(_caption_file(path))

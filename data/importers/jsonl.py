@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from metalm.data.importers.annotations import read_jsonl
-from metalm.data.importers.images import ImageSource, open_images, sample_key
+from metalm.data.importers.media import MediaSource, open_media, sample_key
 from metalm.data.sample import Question, Sample
 from metalm.errors import DataError
 
@@ -37,7 +37,7 @@ DEFAULT_COLUMNS: dict[str, Names] = {
 
 def jsonl(
     annotations: str | Path,
-    images: str | Path | ImageSource = "",
+    images: str | Path | MediaSource = "",
     split: str = "",
     image_column: Names = DEFAULT_COLUMNS["image"],
     caption_column: Names = DEFAULT_COLUMNS["caption"],
@@ -75,7 +75,7 @@ def jsonl(
         "split": split_column,
     }
     path = Path(annotations)
-    source = open_images(images or path.parent, skip_missing)
+    source = open_media(images or path.parent, skip_missing)
     keys: set[str] = set()
     texts = 0
     for image_name, sample in _merge_rows(path, split, chosen).items():

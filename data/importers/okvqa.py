@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from metalm.data.importers.annotations import read_json
-from metalm.data.importers.images import ImageSource
+from metalm.data.importers.media import MediaSource
 from metalm.data.importers.vqav2 import vqa_samples
 from metalm.data.sample import Sample
 
 
 def okvqa(
-    images: str | Path | ImageSource,
+    images: str | Path | MediaSource,
     questions: str | Path,
     annotations: str | Path,
     raw: bool = False,

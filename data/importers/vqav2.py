@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from metalm.data.importers.annotations import read_json
-from metalm.data.importers.images import ImageSource, open_images, sample_key
+from metalm.data.importers.media import MediaSource, open_media, sample_key
 from metalm.data.sample import Question, Sample
 from metalm.errors import DataError
 
 
 def vqav2(
-    images: str | Path | ImageSource,
+    images: str | Path | MediaSource,
     questions: str | Path,
     annotations: str | Path = "",
     skip_missing: bool = False,
@@ -41,7 +41,7 @@ def vqav2(
 
 
 def vqa_samples(
-    images: str | Path | ImageSource,
+    images: str | Path | MediaSource,
     questions: str | Path,
     annotations: str | Path,
     answers: dict,
@@ -50,7 +50,7 @@ def vqa_samples(
     answer_field: str = "answer",
 ) -> Iterator[Sample]:
     """Samples from the VQA family's layout; `answers` is the content of the file `annotations`, empty without one."""
-    source = open_images(images, skip_missing)
+    source = open_media(images, skip_missing)
     asked = read_json(questions, "questions")
     by_id = {annotation["question_id"]: annotation for annotation in answers.get("annotations", [])}
     by_image: dict[int, list[Question]] = {}

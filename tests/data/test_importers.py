@@ -15,7 +15,7 @@ from PIL import Image
 
 from metalm.data.importers import IMPORTERS, import_dataset
 from metalm.data.importers.daquar import split_reference
-from metalm.data.importers.images import ImageSource, sample_key
+from metalm.data.importers.media import MediaSource, sample_key
 from metalm.data.sample import Question
 from metalm.data.shards import read_samples, write_shards
 from metalm.errors import DataError
@@ -66,7 +66,7 @@ def test_images_come_as_they_lie(tmp_path, compression, prefix):
     pictures = make_folder(tmp_path / "folder" / prefix, ["a.jpg", "b.png"])
     make_zip(tmp_path / "all.zip", {**pictures, "__MACOSX/a.jpg": b"x"}, compression, prefix)
     for path in (tmp_path / "folder", tmp_path / "all.zip"):
-        source = ImageSource(path)
+        source = MediaSource(path)
         assert {name: source.read(name) for name in pictures} == pictures
         assert source.read("a.jpeg", "a.jpg") == pictures["a.jpg"]
 
@@ -74,15 +74,15 @@ def test_images_come_as_they_lie(tmp_path, compression, prefix):
 def test_a_missing_image_is_an_error_or_counted(tmp_path):
     make_folder(tmp_path, ["a.jpg"])
     with pytest.raises(DataError, match=rf"image 'x\.jpg' is not in {tmp_path}"):
-        ImageSource(tmp_path).read("x.jpg")
-    source = ImageSource(tmp_path, skip_missing=True)
+        MediaSource(tmp_path).read("x.jpg")
+    source = MediaSource(tmp_path, skip_missing=True)
     assert [source.read(name) is None for name in ("x.jpg", "a.jpg", "y.jpg")] == [True, False, True]
     assert source.missing == ["x.jpg", "y.jpg"]
 
 
 def test_two_images_of_one_name_need_their_path(tmp_path):
     pictures = make_folder(tmp_path, ["train/a.jpg", "val/a.jpg"])
-    source = ImageSource(tmp_path)
+    source = MediaSource(tmp_path)
     assert source.read("val/a.jpg") == pictures["val/a.jpg"]
     with pytest.raises(DataError, match="2 files of this name"):
         source.read("a.jpg")
@@ -90,19 +90,19 @@ def test_two_images_of_one_name_need_their_path(tmp_path):
 
 def test_images_that_are_none(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
-        ImageSource(tmp_path / "gone")
+        MediaSource(tmp_path / "gone")
     (tmp_path / "bad.zip").write_bytes(b"no zip")
     with pytest.raises(DataError, match="neither a folder nor a zip"):
-        ImageSource(tmp_path / "bad.zip")
+        MediaSource(tmp_path / "bad.zip")
     (tmp_path / "empty.jpg").touch()
     with pytest.raises(DataError, match="empty"):
-        ImageSource(tmp_path).read("empty.jpg")
+        MediaSource(tmp_path).read("empty.jpg")
     make_zip(tmp_path / "torn.zip", {"a.jpg": picture("red")})
     data = bytearray((tmp_path / "torn.zip").read_bytes())
     data[60:80] = bytes(20)
     (tmp_path / "torn.zip").write_bytes(data)
     with pytest.raises(DataError, match=r"'a\.jpg' in .*torn\.zip: cannot be read"):
-        ImageSource(tmp_path / "torn.zip").read("a.jpg")
+        MediaSource(tmp_path / "torn.zip").read("a.jpg")
 
 
 def test_keys_are_unique_and_name_tar_members():
@@ -125,6 +125,7 @@ def test_the_register_names_what_is_wrong():
         "labelled",
         "pairs",
         "questions",
+        "sounds",
         "text",
         "jsonl",
     }
@@ -534,7 +535,7 @@ def test_jsonl_hints_at_the_right_column(tmp_path):
 def test_an_open_source_tells_what_was_missing(tmp_path):
     make_folder(tmp_path, ["a.jpg"])
     path = write_jsonl(tmp_path / "rows.jsonl", [{"image": name, "caption": "b"} for name in ("a.jpg", "b.jpg")])
-    source = ImageSource(tmp_path, skip_missing=True)
+    source = MediaSource(tmp_path, skip_missing=True)
     assert len(load("jsonl", annotations=path, images=source)) == 1
     assert source.missing == ["b.jpg"]
 

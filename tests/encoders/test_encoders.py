@@ -9,8 +9,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from speech_shapes import WAV2VEC2, WAV2VEC2_LARGE, WAVLM, WAVLM_LARGE
 
 from metalm.config import build
+from metalm.data.audio import encode_wav
 from metalm.encoders import ENCODERS
 from metalm.encoders.base import Encoder
 from metalm.errors import ConfigError, DataError
@@ -19,6 +21,7 @@ from metalm.nn.freezing import set_trainable
 SIZE = {"layers": 3, "width": 16, "heads": 2, "vocab_size": 30}
 VIT = {"type": "timm", "name": "vit_tiny_patch16_224", "image_size": 32, "arguments": {"depth": 3, "embed_dim": 24}}
 CLIP = {"type": "open_clip", "name": "ViT-S-32-alt", "image_size": 64}  # open_clip's cheapest plain ViT
+SPEECH = {"type": "speech", "chunk_seconds": 0.5}
 CONFIGS = {
     "text": {"type": "text", **SIZE},
     "two_tower": {"type": "two_tower", **SIZE},
@@ -49,6 +52,11 @@ CONFIGS = {
     "timm ResNet": {"type": "timm", "name": "resnet10t", "image_size": 64, "arguments": {"output_stride": 16}},
     "timm ConvNeXt": {"type": "timm", "name": "convnext_atto", "image_size": 70},
     "open_clip": CLIP,
+    "log_mel": {"type": "log_mel", "layers": 3, "width": 16, "heads": 2, "sample_rate": 8000, "chunk_seconds": 0.5},
+    "wav2vec 2.0": {**SPEECH, "name": "wav2vec2_model", "arguments": WAV2VEC2},
+    "wav2vec 2.0, large": {**SPEECH, "name": "wav2vec2_model", "arguments": WAV2VEC2_LARGE},
+    "WavLM": {**SPEECH, "name": "wavlm_model", "arguments": WAVLM},
+    "WavLM, large": {**SPEECH, "name": "wavlm_model", "arguments": WAVLM_LARGE},
 }
 
 
@@ -76,6 +84,11 @@ def noise(seed: int, size=(50, 40)) -> bytes:
     return out.getvalue()
 
 
+def hiss(seconds: float) -> bytes:
+    samples = round(8000 * seconds)
+    return encode_wav(0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(samples)), 8000)
+
+
 def some_inputs(encoder: Encoder) -> list[dict]:
     """Spans of every kind that the encoder reads."""
     inputs = []
@@ -83,6 +96,8 @@ def some_inputs(encoder: Encoder) -> list[dict]:
         inputs += [{"tokens": [1, 2, 3]}, {"tokens": [4]}]
     if "image" in encoder.processor.reads:
         inputs += [{"image": noise(0)}, {"image": noise(1)}]
+    if "audio" in encoder.processor.reads:
+        inputs += [{"audio": hiss(seconds)} for seconds in (0.3, 1.3, 0.01, 0.5)]
     if encoder.processor.reads == {"text", "image"}:
         inputs += [{"image": noise(2), "tokens": [5, 6]}]
     return inputs

@@ -1,4 +1,4 @@
-"""Pictures by name out of a folder or a zip, as the bytes that lie there, and the sample keys made from their names."""
+"""Pictures or sounds by name out of a folder or a zip, as the bytes that lie there; and sample keys made from their names."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from metalm.errors import DataError
 log = logging.getLogger(__name__)
 
 
-class ImageSource:
-    """Read-only access to the images of a folder or zip (stored or compressed).
+class MediaSource:
+    """Read-only access to the files of a folder or zip (stored or compressed).
 
     A name is found by its path below the folder or zip, or by its file name alone wherever it lies, since archives
     wrap their pictures in folders of their own (`val2014/…`, `Flicker8k_Dataset/…`).
 
     Args:
         path: the folder or zip.
-        skip_missing: `read` returns None for an image that is not there and notes it in `missing`, in place of raising.
+        skip_missing: `read` returns None for a file that is not there and notes it in `missing`, in place of raising.
+        kind: what errors call a file.
 
     Raises:
         DataError: the path is neither a folder nor a zip.
     """
 
-    def __init__(self, path: str | Path, skip_missing: bool = False):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, skip_missing: bool = False, kind: str = "image"):
+        self.path, self.kind = Path(path), kind
         self.skip_missing = skip_missing
         self.missing: list[str] = []
         self._zip: zipfile.ZipFile | None = None
@@ -36,17 +37,17 @@ class ImageSource:
         if self.path.is_dir():
             return
         if not self.path.exists():
-            raise DataError(f"images {str(path)!r}: this path does not exist; give the folder or zip of the images")
+            raise DataError(f"{kind}s {str(path)!r}: this path does not exist; give the folder or zip of the {kind}s")
         try:
             self._zip = zipfile.ZipFile(self.path)
         except (OSError, zipfile.BadZipFile) as error:
-            raise DataError(f"images {str(path)!r}: neither a folder nor a zip ({error})") from error
+            raise DataError(f"{kind}s {str(path)!r}: neither a folder nor a zip ({error})") from error
 
     def read(self, *names: str) -> bytes | None:
         """The bytes of the first of these names that is there; None if none is and `skip_missing` is set.
 
         Raises:
-            DataError: the image is missing, two files have its name, or it cannot be read.
+            DataError: the file is missing, two files have its name, or it cannot be read.
         """
         for name in names:
             member = self._find(name)
@@ -55,22 +56,22 @@ class ImageSource:
             try:
                 data = (self.path / member).read_bytes() if self._zip is None else self._zip.read(member)
             except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-                raise DataError(f"image {member!r} in {self.path}: cannot be read ({error})") from error
+                raise DataError(f"{self.kind} {member!r} in {self.path}: cannot be read ({error})") from error
             if not data:
-                raise DataError(f"image {member!r} in {self.path}: the file is empty")
+                raise DataError(f"{self.kind} {member!r} in {self.path}: the file is empty")
             return data
         if not self.skip_missing:
             raise DataError(
-                f"image {' or '.join(map(repr, names))} is not in {self.path}; complete the images, or leave out "
+                f"{self.kind} {' or '.join(map(repr, names))} is not in {self.path}; complete the {self.kind}s, or leave out "
                 f"the samples without one (skip_missing)"
             )
         self.missing.append(names[0])
         return None
 
     def report_missing(self) -> None:
-        """Says at the end of an import how many images were skipped."""
+        """Says at the end of an import how many files were skipped."""
         if self.missing:
-            log.warning("%d images not in %s were skipped, first %r", len(self.missing), self.path, self.missing[0])
+            log.warning("%d %ss not in %s were skipped, first %r", len(self.missing), self.kind, self.path, self.missing[0])
 
     def _find(self, name: str) -> str | None:
         if self._zip is None:
@@ -84,7 +85,7 @@ class ImageSource:
         within = [member for member in found if member.endswith("/" + name)] or found
         if len(within) > 1:
             raise DataError(
-                f"image {name!r}: {self.path} has {len(within)} files of this name ({within[0]}, {within[1]}, …); "
+                f"{self.kind} {name!r}: {self.path} has {len(within)} files of this name ({within[0]}, {within[1]}, …); "
                 f"name it by its path"
             )
         return within[0] if within else None
@@ -100,13 +101,13 @@ class ImageSource:
         return by_file_name
 
 
-def open_images(images: str | Path | ImageSource, skip_missing: bool = False) -> ImageSource:
+def open_media(images: str | Path | MediaSource, skip_missing: bool = False) -> MediaSource:
     """The source of images at a path; one that is open already (to look at its `missing` afterwards) stays as it is."""
-    return images if isinstance(images, ImageSource) else ImageSource(images, skip_missing)
+    return images if isinstance(images, MediaSource) else MediaSource(images, skip_missing)
 
 
 def sample_key(name: str, taken: set[str]) -> str:
-    """A key for the image `name` that is not in `taken`, to which it is added.
+    """A key for the file `name` that is not in `taken`, to which it is added.
 
     It is the file's stem with everything but letters, digits, `_` and `-` as `_`; if that is taken, with a number.
     """

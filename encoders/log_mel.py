@@ -1,0 +1,150 @@
+"""A Transformer on log-mel frames, made to be trained from scratch together with the decoder.
+
+    wave -> log-mel [F, M], of mean 0 and deviation 1 -> two convolutions of stride 2 -> pre-norm Transformer
+         -> a state every 4 frames (40 ms)
+
+The convolutions see frequency as a dimension of space, so that a higher voice is a shift and not another word. Source: Dong et
+al., "Speech-Transformer" (2018), section 3.
+
+Shapes: R rows, F frames, M mel bands, C channels, S states of a row, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metalm.data.views import warp_features
+from metalm.encoders.audio import AudioProcessor
+from metalm.encoders.base import Encoder, EncoderConfig
+from metalm.errors import ConfigError
+from metalm.nn.attention import Mask
+from metalm.nn.transformer import Transformer, TransformerConfig, init_weights
+
+STRIDE = 4  # frames a state
+
+
+@dataclass(kw_only=True)
+class LogMelConfig(TransformerConfig, EncoderConfig):
+    """A stack on `mels` bands of sound at `sample_rate`, a frame every `hop` seconds of a `window` as long.
+
+    Clips longer than `chunk_seconds` are read in chunks. `channels` are those of the convolutions.
+    """
+
+    sample_rate: int = 16000
+    mels: int = 80
+    hop: float = 0.01
+    window: float = 0.025
+    chunk_seconds: float = 30.0
+    channels: int = 32
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.relative_bias:
+            raise ConfigError("relative_bias is for text: give sound sinusoidal, learned or rotary positions")
+        if min(self.sample_rate, self.mels, self.channels) < 1 or not 0 < self.hop <= self.window:
+            raise ConfigError("sample_rate, mels and channels must be at least 1, and the hop above 0 and at most the window")
+        needed = states_of(self.frames_of(self.chunk))
+        if self.positions == "learned" and needed > self.max_positions:
+            raise ConfigError(f"chunk_seconds {self.chunk_seconds} are {needed} states, more than max_positions")
+
+    @property
+    def hop_samples(self) -> int:
+        return round(self.hop * self.sample_rate)
+
+    @property
+    def chunk(self) -> int:
+        """Samples of a chunk: a whole number of states."""
+        state = STRIDE * self.hop_samples
+        return max(1, round(self.chunk_seconds * self.sample_rate / state)) * state
+
+    def frames_of(self, samples: int) -> int:
+        return -(-samples // self.hop_samples)
+
+
+def states_of(frames: int) -> int:
+    return -(-frames // STRIDE)
+
+
+@dataclass
+class LogMelProcessor(AudioProcessor):
+    config: LogMelConfig
+
+    def frames_of(self, samples: int) -> int:
+        return self.config.frames_of(samples)
+
+    def states_of(self, samples: int) -> int:
+        return states_of(self.frames_of(samples))
+
+    def features(self, wave_T: Tensor, inputs: dict) -> Tensor:
+        log_FM = log_mel(wave_T, self.config)
+        return warp_features(log_FM, inputs["view"]) if inputs.get("view") else log_FM
+
+
+def log_mel(wave_T: Tensor, config: LogMelConfig) -> Tensor:
+    """Log-mel frames [F, M] of a wave, of mean 0 and standard deviation 1 over the clip: loudness is no part of them."""
+    import torchaudio
+
+    window = round(config.window * config.sample_rate)
+    size = 1 << (window - 1).bit_length()
+    spectrum = torch.stft(
+        wave_T,
+        size,
+        config.hop_samples,
+        window,
+        torch.hann_window(window),
+        center=True,
+        pad_mode="constant",
+        return_complex=True,
+    ).abs()[:, : config.frames_of(len(wave_T))]
+    filters = torchaudio.functional.melscale_fbanks(
+        size // 2 + 1, 20.0, config.sample_rate / 2, config.mels, config.sample_rate, norm="slaney"
+    )
+    logs_FM = ((spectrum**2).T @ filters + 1e-8).log()
+    return (logs_FM - logs_FM.mean()) / (logs_FM.std() + 1e-5)
+
+
+class Subsampling(nn.Module):
+    """Frames [R, F, M] to vectors [R, S, D]; frames past a row's length count as silence to every layer."""
+
+    def __init__(self, mels: int, channels: int, width: int):
+        super().__init__()
+        self.first = nn.Conv2d(1, channels, 3, stride=2, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.map = nn.Linear(channels * -(-mels // STRIDE), width)
+
+    def forward(self, audio_RFM: Tensor, length_R: Tensor) -> Tensor:
+        x_RCFM = audio_RFM[:, None]
+        for convolution in (self.first, self.second):
+            x_RCFM = F.gelu(convolution(x_RCFM))
+            length_R = (length_R + 1) // 2
+            inside_RF = torch.arange(x_RCFM.shape[2], device=length_R.device) < length_R[:, None]
+            x_RCFM = x_RCFM * inside_RF[:, None, :, None]
+        return self.map(x_RCFM.transpose(1, 2).flatten(2))
+
+
+class LogMelEncoder(Encoder):
+    Config = LogMelConfig
+
+    def __init__(self, config: LogMelConfig):
+        super().__init__()
+        self.width = config.width
+        self.processor = LogMelProcessor(config.sample_rate, config.chunk, config.hop_samples, config)
+        self.subsampling = Subsampling(config.mels, config.channels, config.width)
+        self.subsampling.apply(init_weights)
+        self.transformer = Transformer(config)
+
+    def forward(self, audio_RF: Tensor, length_R: Tensor) -> Tensor:
+        x_RSD = self.subsampling(audio_RF.to(self.subsampling.map.weight.dtype), length_R)
+        R, S, _ = x_RSD.shape
+        column_S = torch.arange(S, device=x_RSD.device)
+        inside_RS = column_S < states_of(length_R)[:, None]
+        mask = Mask(lambda b, h, q, k: inside_RS[b, k], R, S, S, x_RSD.device)
+        return self.transformer(x_RSD, column_S.expand(R, S), mask)
+
+    def layers(self) -> list[nn.Module]:
+        blocks = self.transformer.blocks
+        return [*blocks[:-1], nn.ModuleList([blocks[-1], self.transformer.norm])]

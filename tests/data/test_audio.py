@@ -1,0 +1,183 @@
+"""Sounds: decoding, resampling, samples in shards, the importer, and the views that training hears."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import zipfile
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from metalm.data.audio import decode_audio, encode_wav, num_samples
+from metalm.data.importers import import_dataset
+from metalm.data.sample import Sample, extension_of, sample_from_members, sample_to_members
+from metalm.data.shards import read_samples, write_shards
+from metalm.data.views import Warp, draw_warp, warp_features
+from metalm.errors import DataError
+
+
+def tone(seconds: float, rate: int = 8000, pitch: float = 440.0) -> torch.Tensor:
+    return 0.5 * torch.sin(2 * torch.pi * pitch * torch.arange(round(seconds * rate)) / rate)
+
+
+def encode(wave: np.ndarray, rate: int, kind: str) -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, wave, rate, format=kind)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_every_format_gives_the_tone_at_the_rate_that_is_asked_for(kind, rate):
+    encoded = encode(tone(0.5, rate).numpy(), rate, kind)
+    wave = decode_audio(encoded, 16000)
+    assert wave.dtype == torch.float32 and wave.ndim == 1
+    assert len(wave) == num_samples(encoded, 16000) and abs(len(wave) - 8000) < 2500  # MP3 adds silence
+    spectrum = torch.fft.rfft(wave * torch.hann_window(len(wave))).abs()
+    assert abs(spectrum.argmax() * 16000 / len(wave) - 440) < 5
+
+
+@pytest.mark.parametrize("frames", [1, 7, 799, 8000, 12345])
+@pytest.mark.parametrize("rates", [(8000, 16000), (44100, 16000), (16000, 16000), (22050, 8000)])
+def test_the_number_of_samples_is_known_from_the_header(frames, rates):
+    encoded = encode_wav(torch.zeros(frames), rates[0])
+    assert num_samples(encoded, rates[1]) == len(decode_audio(encoded, rates[1]))
+
+
+def test_channels_are_averaged():
+    left = tone(0.1).numpy()
+    wave = decode_audio(encode(np.stack([left, -left], axis=1), 8000, "FLAC"), 8000)
+    assert wave.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("broken", [b"", b"RIFF", b"no sound at all", encode_wav(torch.zeros(0), 8000)])
+def test_what_is_no_sound_is_said(broken):
+    for read in (decode_audio, num_samples):
+        with pytest.raises(DataError, match=r"not a complete sound|without samples"):
+            read(broken, 16000)
+
+
+def test_media_survive_the_shard(tmp_path):
+    jpeg, wav, film = b"\xff\xd8\xff\xe0jpeg", encode_wav(tone(0.1), 8000), b"\0\0\0\x18ftypisom film"
+    samples = [
+        Sample("said", captions=["seven"], audio=wav),
+        Sample("album", jpeg, ["two dogs"], more_images=[b"\x89PNG more", jpeg]),
+        Sample("film", captions=["a dog runs"], video=film),
+        Sample("ten", jpeg, ["many"], more_images=[jpeg + bytes([n]) for n in range(11)]),
+    ]
+    write_shards(samples, tmp_path / "shards")
+    read = {sample.key: sample for sample in read_samples(str(tmp_path / "shards"))}
+    assert [read[sample.key] for sample in samples] == samples
+    assert [kind for kind, _ in read["album"].media] == ["image"] * 3
+    assert read["said"].media == [("audio", wav)] and read["film"].media == [("video", film)]
+
+
+def test_the_text_beside_a_sound_is_its_caption():
+    wav = encode_wav(tone(0.1), 8000)
+    assert sample_from_members({"__key__": "a", "wav": wav, "txt": b"seven"}).captions == ["seven"]
+    assert list(sample_to_members(Sample("a", audio=encode(tone(0.1).numpy(), 8000, "OGG")))) == ["__key__", "ogg", "json"]
+
+
+@pytest.mark.parametrize(
+    "data, extension",
+    [
+        (encode(tone(0.1).numpy(), 8000, "FLAC"), "flac"),
+        (encode(tone(0.1).numpy(), 8000, "MP3"), "mp3"),
+        (b"RIFF\0\0\0\0AVI ", "avi"),
+        (b"RIFF\0\0\0\0WEBP", "webp"),
+        (b"\0\0\0\x14ftypqt  ", "mov"),
+        (b"\x1aE\xdf\xa3....webm", "webm"),
+        (b"\x1aE\xdf\xa3....matroska", "mkv"),
+        (b"\xff\xd8\xff\xe0", "jpg"),
+    ],
+)
+def test_formats_are_told_by_their_first_bytes(data, extension):
+    assert extension_of(data) == extension
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """Six clips of two speakers, as JSON Lines and a zip."""
+    rows = []
+    with zipfile.ZipFile(tmp_path / "audio.zip", "w") as archive:
+        for speaker in ("ann", "bob"):
+            for digit, word in enumerate(("zero", "one", "two")):
+                name = f"{digit}_{speaker}.wav"
+                archive.writestr(name, encode_wav(tone(0.1 * (digit + 1)), 8000))
+                rows.append({"audio": name, "text": word, "speaker": speaker, "digit": digit})
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {"annotations": tmp_path / "labels.jsonl", "audio": tmp_path / "audio.zip"}
+
+
+def test_sounds_are_chosen_by_their_columns(digits):
+    everything = list(import_dataset("sounds", **digits))
+    assert [sample.captions for sample in everything] == [["zero"], ["one"], ["two"]] * 2
+    assert everything[1].key == "1_ann" and len(decode_audio(everything[1].audio, 8000)) == 1600
+    without = list(import_dataset("sounds", **digits, where="speaker!=ann, digit!=0"))
+    assert [sample.key for sample in without] == ["1_bob", "2_bob"]
+    assert [s.key for s in import_dataset("sounds", **digits, where="speaker=ann,digit=2")] == ["2_ann"]
+
+
+def test_sounds_are_joined_to_sequences(digits):
+    options = digits | {"join": "2-4", "count": "30", "gap": "0.05", "sample_rate": "8000", "same": "speaker"}
+    samples = list(import_dataset("sounds", **options, text_column="text"))
+    lengths = {"zero": 800, "one": 1600, "two": 2400}
+    for sample in samples:
+        words = sample.captions[0].split()
+        assert 2 <= len(words) <= 4
+        assert len(decode_audio(sample.audio, 8000)) == sum(lengths[word] for word in words) + 400 * (len(words) - 1)
+    assert len(samples) == 30 and len({sample.captions[0] for sample in samples}) > 10
+    assert samples == list(import_dataset("sounds", **options))
+    assert samples != list(import_dataset("sounds", **options, seed="1"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"where": "speaker=carl"}, "none of its 6 rows meets 'speaker=carl'"),
+        ({"where": "age=7"}, "line 1: no column 'age' to choose by"),
+        ({"where": "speaker"}, "'speaker' is not written column=value"),
+        ({"join": "5-2"}, "'5-2' is no range"),
+        ({"text_column": "words"}, "line 1: it needs a sound in the column 'audio' and a text in words"),
+        ({"audio_column": "file"}, "line 1: it needs a sound in the column 'file'"),
+        ({"join": "2", "same": "age"}, "same 'age'"),
+    ],
+)
+def test_what_is_wrong_with_an_import_is_said(digits, options, message):
+    with pytest.raises(DataError, match=message):
+        list(import_dataset("sounds", **digits, **options))
+
+
+def test_missing_sounds_are_named_or_skipped(digits, tmp_path):
+    rows = digits["annotations"].read_text().replace("1_ann.wav", "9_ann.wav")
+    digits["annotations"].write_text(rows)
+    with pytest.raises(DataError, match=r"sound '9_ann\.wav' is not in"):
+        list(import_dataset("sounds", **digits))
+    assert len(list(import_dataset("sounds", **digits, skip_missing=True))) == 5
+    joined = list(import_dataset("sounds", **digits, skip_missing=True, join="1-2", where="speaker=ann", count=20))
+    assert not any("one" in sample.captions[0] for sample in joined)
+
+
+def test_a_warp_of_nothing_changes_nothing_and_others_keep_the_length():
+    log_FM = torch.randn(37, 20, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(warp_features(log_FM, Warp(0, 0, (0.5, 0), (0.5, 0))), log_FM)
+    rng = random.Random(0)
+    changed = [warp_features(log_FM, draw_warp(0.3, rng)) for _ in range(50)]
+    assert all(one.shape == log_FM.shape and one.isfinite().all() for one in changed)
+    assert all((one - log_FM).abs().max() > 0.1 for one in changed)
+    assert warp_features(log_FM[:1], draw_warp(0.3, rng)).shape == (1, 20)
+
+
+def test_a_warp_bends_time_and_frequency():
+    frames = torch.arange(101.0)[:, None].expand(101, 10).clone()
+    late = warp_features(frames, Warp(0, 0.2, (0.5, 0), (0.5, 0)))[:, 0]
+    assert (late[0], late[50], late[100]) == (0, 60, 100)
+    bands = torch.arange(50.0).expand(3, 50).clone()
+    higher = warp_features(bands, Warp(0.2, 0, (0.5, 0), (0.5, 0)))[0]
+    assert higher[10] == 12 and higher[-1] == 49
+    gaps = warp_features(torch.ones(40, 40) + torch.eye(40), Warp(0, 0, (0.5, 0.25), (0.25, 0.5)))
+    assert (gaps[:20] == 1).all() and (gaps[:, 15:25] == 1).all() and gaps[30, 30] == 2

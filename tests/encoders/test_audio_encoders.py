@@ -1,0 +1,151 @@
+"""Encoders of sound: torchaudio's own states and files, chunks of long clips, and learning to hear."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchaudio
+from speech_shapes import WAV2VEC2, WAV2VEC2_LARGE, WAVLM, WAVLM_LARGE
+
+from metalm.config import build
+from metalm.data.audio import encode_wav
+from metalm.encoders import ENCODERS
+from metalm.encoders.base import Encoder
+from metalm.errors import ConfigError
+
+MEL = {"type": "log_mel", "layers": 1, "width": 16, "heads": 2, "sample_rate": 8000}
+
+
+def make(values: dict) -> Encoder:
+    torch.manual_seed(0)
+    cls = ENCODERS[values["type"]]
+    return cls(build(cls.Config, values, "test")).eval()
+
+
+def speech(name: str = "wav2vec2_model", shape: dict = WAV2VEC2, **more) -> Encoder:
+    return make({"type": "speech", "name": name, "arguments": shape, **more})
+
+
+def hiss(samples: int, rate: int = 16000) -> bytes:
+    return encode_wav(0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(samples)), rate)
+
+
+@torch.no_grad()
+def states(encoder: Encoder, *clips: bytes) -> torch.Tensor:
+    """Of all clips, one after another."""
+    collated = encoder.processor.collate([encoder.processor.load({"audio": clip}) for clip in clips])
+    return encoder(**collated.inputs).flatten(0, 1)[collated.source]
+
+
+MODELS = [
+    ("wav2vec2_model", WAV2VEC2),
+    ("wav2vec2_model", WAV2VEC2_LARGE),
+    ("wavlm_model", WAVLM),
+    ("wavlm_model", WAVLM_LARGE),
+]
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("name, shape", MODELS)
+def test_states_are_torchaudios(name, shape, layer):
+    """Its output, or those of a layer; models that normalise frames get a normalised wave, as its bundles give them."""
+    encoder = speech(name, shape, layer=layer)
+    torch.manual_seed(0)
+    model = getattr(torchaudio.models, name)(**shape).eval()
+    wave = encoder.processor.load({"audio": hiss(4000)})["audio"]
+    if shape in (WAV2VEC2_LARGE, WAVLM_LARGE):
+        assert abs(wave.mean()) < 1e-6 and abs(wave.std() - 1) < 1e-3
+    with torch.no_grad():
+        expected = model.extract_features(wave[None])[0][layer - 1][0] if layer else model(wave[None])[0][0]
+    torch.testing.assert_close(states(encoder, hiss(4000)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["wav2vec2_base", "hubert_base", "wavlm_base"])
+def test_the_published_shapes_have_a_state_every_20_ms(name):
+    with torch.device("meta"):
+        encoder = make({"type": "speech", "name": name})
+    assert encoder.width == 768 and len(encoder.layers()) == 12
+    assert encoder.processor.states_of(16000) == 49 and encoder.processor.shortest == 400
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+def test_files_of_weights_load(tmp_path, form):
+    """As torchaudio's bundles are stored; one that was fine-tuned also predicts letters, which is left out."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    published = torchaudio.models.wav2vec2_model(**WAV2VEC2 | {"aux_num_out": 29}).eval()
+    path = tmp_path / f"wav2vec2.{form}"
+    torch.save(published.state_dict(), path) if form == "pth" else save_file(published.state_dict(), path)
+    loaded = speech(pretrained=str(path))
+    own = {name: tensor for name, tensor in published.state_dict().items() if not name.startswith("aux.")}
+    assert own.keys() == loaded.model.state_dict().keys()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in loaded.model.state_dict().items())
+
+
+def test_a_long_clip_is_read_in_chunks_each_on_its_own():
+    for encoder in (speech(chunk_seconds=0.1), make({**MEL, "sample_rate": 16000, "chunk_seconds": 0.1})):
+        chunk = encoder.processor.chunk
+        clip = hiss(2 * chunk + chunk // 2)
+        together = states(encoder, clip)
+        assert len(together) == encoder.processor.num_states({"audio": clip})
+        assert len(together) == 2 * encoder.processor.states_of(chunk) + encoder.processor.states_of(chunk // 2)
+    encoder, clip = speech(chunk_seconds=0.1), hiss(4000)  # whose wave is cut as it is
+    wave = encoder.processor.load({"audio": clip})["audio"]
+    with torch.no_grad():
+        parts = [encoder.states(part[None], None)[0] for part in wave.split(encoder.processor.chunk)]
+    torch.testing.assert_close(states(encoder, clip), torch.cat(parts), rtol=1e-5, atol=1e-5)
+
+
+def test_loudness_is_no_part_of_the_features_and_the_rate_is_the_encoders():
+    encoder = make(MEL)
+    wave = 0.3 * torch.sin(2 * torch.pi * 500 * torch.arange(4000) / 8000)
+    loud, quiet = (encoder.processor.load({"audio": encode_wav(gain * wave, 8000)})["audio"] for gain in (1.0, 0.5))
+    assert (loud - quiet).abs().max() < 0.3 < loud.std()
+    assert abs(loud.mean()) < 1e-5 and loud.shape == (50, 80)
+    finer = encode_wav(torchaudio.functional.resample(wave, 8000, 48000), 48000)
+    assert encoder.processor.num_states({"audio": finer}) == 13 == -(-50 // 4)
+    resampled = encoder.processor.load({"audio": finer})["audio"]
+    assert (resampled[5:-5].mean(0).argmax() - loud[5:-5].mean(0).argmax()).abs() <= 1
+
+
+def test_a_view_is_heard_in_training():
+    from metalm.data.views import Warp
+
+    encoder = make(MEL)
+    clip = hiss(8000, 8000)
+    plain = encoder.processor.load({"audio": clip})
+    warped = encoder.processor.load({"audio": clip, "view": Warp(0.1, 0.1, (0.5, 0.2), (0.5, 0.2))})
+    assert plain["audio"].shape == warped["audio"].shape and not torch.equal(plain["audio"], warped["audio"])
+
+
+def test_gradients_reach_every_weight():
+    for encoder in (*(speech(name, shape) for name, shape in MODELS), make(MEL)):
+        collated = encoder.processor.collate([encoder.processor.load({"audio": hiss(n)}) for n in (3000, 5000)])
+        weights = torch.randn(encoder.width)
+        (encoder.train()(**collated.inputs).flatten(0, 1)[collated.source] @ weights).square().sum().backward()
+        assert [name for name, parameter in encoder.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"type": "speech", "name": "wav2vec2_bas"}, "no speech model 'wav2vec2_bas'; did you mean 'wav2vec2_base'"),
+        ({"type": "speech", "name": "hubert_base", "pretrained": "HUBERT_BAS"}, "did you mean 'HUBERT_BASE'"),
+        ({"type": "speech", "name": "wav2vec2_model", "arguments": {"depth": 1}}, "wav2vec2_model cannot be made: .*'depth'"),
+        ({"type": "speech", "name": "wav2vec2_model", "arguments": WAV2VEC2, "layer": 4}, "has 3 layers"),
+        ({"type": "speech", "name": "wav2vec2_model", "arguments": WAV2VEC2, "chunk_seconds": 0.001}, "shorter than the 40"),
+        ({**MEL, "hop": 0.05}, "at most the window"),
+        ({**MEL, "relative_bias": True}, "relative_bias is for text"),
+        ({**MEL, "positions": "learned", "max_positions": 10}, "more than max_positions"),
+    ],
+)
+def test_what_cannot_be_made_is_said(values, message):
+    with pytest.raises(ConfigError, match=message):
+        make(values)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    torch.save(torchaudio.models.wav2vec2_model(**WAV2VEC2 | {"encoder_num_layers": 2}).state_dict(), tmp_path / "two.pth")
+    with pytest.raises(ConfigError, match="are not those of wav2vec2_model"):
+        speech(pretrained=str(tmp_path / "two.pth"))
