@@ -112,18 +112,28 @@ class Subsampling(nn.Module):
 
     def __init__(self, mels: int, channels: int, width: int):
         super().__init__()
-        self.first = nn.Conv2d(1, channels, 3, stride=2, padding=1)
-        self.second = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        self.map = nn.Linear(channels * -(-mels // STRIDE), width)
+        sizes = (1, channels, channels), (channels, 2 * channels, 2 * channels)
+        self.stages = nn.ModuleList(
+            nn.ModuleList([nn.Conv2d(before, half, 3, stride=2, padding=1), nn.Conv2d(half, after, 3, padding=1)])
+            for before, half, after in sizes
+        )
+        self.norms = nn.ModuleList(nn.ModuleList(nn.LayerNorm(size) for size in stage[1:]) for stage in sizes)
+        self.map = nn.Linear(2 * channels * -(-mels // STRIDE), width)
 
     def forward(self, audio_RFM: Tensor, length_R: Tensor) -> Tensor:
         x_RCFM = audio_RFM[:, None]
-        for convolution in (self.first, self.second):
-            x_RCFM = F.gelu(convolution(x_RCFM))
+        for (down, same), (down_norm, same_norm) in zip(self.stages, self.norms):
             length_R = (length_R + 1) // 2
-            inside_RF = torch.arange(x_RCFM.shape[2], device=length_R.device) < length_R[:, None]
-            x_RCFM = x_RCFM * inside_RF[:, None, :, None]
+            inside_RF = torch.arange(-(-x_RCFM.shape[2] // 2), device=length_R.device) < length_R[:, None]
+            inside = inside_RF[:, None, :, None]
+            x_RCFM = act(down_norm, down(x_RCFM)) * inside
+            x_RCFM = x_RCFM + act(same_norm, same(x_RCFM)) * inside
         return self.map(x_RCFM.transpose(1, 2).flatten(2))
+
+
+def act(norm: nn.LayerNorm, x_RCFM: Tensor) -> Tensor:
+    """The channels of each place normalised, and GELU."""
+    return F.gelu(norm(x_RCFM.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
 class LogMelEncoder(Encoder):
