@@ -17,10 +17,11 @@ from metalm.nn.attention import Mask, all_of, causal, same_document
 
 @dataclass(kw_only=True)
 class CausalEncoderConfig(TextEncoderConfig):
-    """A decoder's stack and vocabulary."""
+    """A decoder's stack and vocabulary; `scaled` as of a `DecoderConfig`."""
 
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = "sinusoidal"
     relative_bias: bool = False
+    scaled: bool = False
 
 
 class CausalEncoder(TextEncoder):
@@ -30,7 +31,8 @@ class CausalEncoder(TextEncoder):
 
     def __init__(self, config: CausalEncoderConfig):
         super().__init__(config)
-        self.scale = config.width**0.5 if config.positions == "sinusoidal" else 1.0  # as `CausalDecoder.embed`
+        scaled = config.scaled or config.positions == "sinusoidal"  # as `CausalDecoder.embed`
+        self.scale = config.width**0.5 if scaled else 1.0
 
     def forward(self, tokens_RS: Tensor, span_RS: Tensor, position_RS: Tensor) -> Tensor:
         R, S = tokens_RS.shape

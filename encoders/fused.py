@@ -147,7 +147,7 @@ class FusedEncoder(Encoder):
         words = self.embedding(tokens_M)
         rotary = None
         if self.config.positions == "rotary":
-            rotary = rotary_tables(position_RS, self.width // self.config.heads)
+            rotary = rotary_tables(position_RS, self.config.head_width)
         else:
             words = words + self.text_positions(position_RS.flatten()[places["text"]])
         patches = self.patches(pixels_N3HW)

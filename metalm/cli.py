@@ -204,6 +204,27 @@ def infill(
 
 
 @app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """Write a model's decoder in Hugging Face's layout, as transformers loads it."""
+    import torch
+
+    from metalm.errors import ConfigError
+    from metalm.interop.decoders import save_decoder
+    from metalm.model import MetaLM
+    from metalm.pretrained import load_pretrained
+
+    source, tokenizer = load_pretrained(model, torch.float32)
+    if not isinstance(source, MetaLM):
+        raise ConfigError(f"{model} holds the model {source.config.type!r}, which has no decoder")
+    family = save_decoder(source.decoder.state_dict(), source.config.decoder, out)
+    tokenizer.save(out)
+    print(f"{out}: the decoder as a {family}")
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="What to go on from.")] = "",

@@ -1,4 +1,4 @@
-"""The causal decoder: token embeddings (tied with the softmax) around the Transformer stack."""
+"""The causal decoder: token embeddings and softmax around the Transformer stack."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from metalm.nn.transformer import Attends, Transformer, TransformerConfig, init_
 class DecoderConfig(TransformerConfig):
     """A stack with a vocabulary.
 
-    `vocab_size` 0 takes the tokenizer's; `trainable`: all, none, or the last n layers; `init_from`: a run or export whose
-    decoder this is to be, shape and weights.
+    `vocab_size` 0 takes the tokenizer's; `tied`: the softmax's matrix is that of the embeddings, which `scaled` multiplies by
+    the root of the width (as sinusoidal positions always do); `trainable`: all, none, or the last n layers; `init_from`: a
+    run or export whose decoder this is to be, shape and weights.
     """
 
     vocab_size: int = 0
+    tied: bool = True
+    scaled: bool = False
     trainable: Trainable = "all"
     init_from: str = ""
 
@@ -47,7 +50,16 @@ class CausalDecoder(nn.Module):
             # The sinusoids are of size 1: so must be what they are added to, while the tied softmax keeps small weights.
             self.scale = config.width**0.5
             nn.init.normal_(self.embedding.weight, std=1 / self.scale)
+        elif config.scaled:
+            self.scale = config.width**0.5
         self.transformer = Transformer(config)
+        self.softmax = nn.Identity() if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.softmax.apply(init_weights)
+
+    @property
+    def softmax_weight(self) -> Tensor:
+        """[V, D]"""
+        return self.embedding.weight if self.config.tied else self.softmax.weight
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [...] to input vectors [..., D]; times sqrt(D) under sinusoids ("Attention Is All You Need", 3.4)."""
@@ -60,5 +72,5 @@ class CausalDecoder(nn.Module):
         return self.transformer(x_BTD, position_BT, mask, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V] by the tied softmax."""
-        return nn.functional.linear(hidden, self.embedding.weight)
+        """[..., D] -> [..., V]."""
+        return nn.functional.linear(hidden, self.softmax_weight)

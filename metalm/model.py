@@ -127,4 +127,4 @@ class MetaLM(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Cross-entropy summed over the batch's targets, in nats: a float32 scalar."""
         hidden_LD = self.hidden(batch).flatten(0, 1)[batch.places_L]
-        return linear_cross_entropy(hidden_LD, self.decoder.embedding.weight, batch.targets_L)
+        return linear_cross_entropy(hidden_LD, self.decoder.softmax_weight, batch.targets_L)

@@ -22,6 +22,7 @@ from metalm.models import MODELS
 # What a part that starts from another's weights decides for itself; all else is their shape.
 USE = ("connector", "trainable", "init_from", "dropout", "activation_checkpointing", "combination")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FOREIGN = "hf:"  # before the name of a checkpoint in Hugging Face's layout, a folder or a Hub id
 
 
 def find_export(name: str | Path) -> Path:
@@ -102,10 +103,31 @@ def source_of(where: str, encoder_type: str) -> str:
 
 
 def inherit(part: dict, name: str | Path, where: str) -> dict:
-    """The plain configuration of a part that starts from an export's: its type and shape, and of `part` how it is used."""
-    _, source = read_part(name, source_of(where, part.get("type", "")))
+    """The plain configuration of a part that starts from an export's, or a decoder from a foreign checkpoint: its type and
+    shape, and of `part` how it is used."""
+    if is_foreign(name, where):
+        from metalm.interop.decoders import read_config
+
+        _, source = read_config(str(name).removeprefix(FOREIGN))
+    else:
+        _, source = read_part(name, source_of(where, part.get("type", "")))
     shape = {key: value for key, value in source.items() if key not in USE}
+    if part.get("type") == "causal":  # a decoder that is only read
+        shape.pop("tied", None)
     return shape | {key: value for key, value in part.items() if key in USE or key not in source}
+
+
+def is_foreign(name: str | Path, where: str) -> bool:
+    """Whether a part starts from a checkpoint that is not ours.
+
+    Raises:
+        CheckpointError: it does, and is no decoder.
+    """
+    if not str(name).startswith(FOREIGN):
+        return False
+    if where != "decoder":
+        raise CheckpointError(f"{where}.init_from {name}: only a decoder can start from a checkpoint of Hugging Face's layout")
+    return True
 
 
 def load_parts(model: nn.Module, config: Any, tokenizer: Tokenizer) -> None:
@@ -118,16 +140,34 @@ def load_parts(model: nn.Module, config: Any, tokenizer: Tokenizer) -> None:
     parts |= {f"encoders.{name}": (model.encoders[name], c) for name, c in getattr(config, "encoders", {}).items()}
     for name, (module, part) in parts.items():
         if getattr(part, "init_from", ""):
-            if not tokenizer.agrees_with(Tokenizer.load(find_export(part.init_from))):
+            foreign = is_foreign(part.init_from, name)
+            folder = part.init_from.removeprefix(FOREIGN) if foreign else find_export(part.init_from)
+            if not tokenizer.agrees_with(Tokenizer.load(folder)):
                 raise CheckpointError(
                     f"{name}.init_from: {part.init_from} was trained on another tokenizer's tokens: set tokenizer.path to it"
                 )
+            if foreign:
+                load_foreign(module, folder)
+                continue
             source, _ = read_part(part.init_from, source_of(name, getattr(part, "type", "")))
-            load_weights(module, part.init_from, source + ".")
+            unread = f"{source}.softmax." if getattr(part, "type", "") == "causal" else None
+            load_weights(module, part.init_from, source + ".", unread)
 
 
-def load_weights(model: nn.Module, name: str | Path, prefix: str = "") -> None:
-    """Fills a model with an export's weights, or with those whose names begin with `prefix`.
+def load_foreign(decoder: nn.Module, name: str) -> None:
+    """Fills a decoder with a checkpoint of Hugging Face's layout.
+
+    Raises:
+        CheckpointError: it has other tensors than its configuration says.
+    """
+    from metalm.interop.decoders import read_config, read_weights, to_ours
+
+    family, values = read_config(name)
+    fill(decoder, to_ours(read_weights(name), family, values), name)
+
+
+def load_weights(model: nn.Module, name: str | Path, prefix: str = "", unread: str | None = None) -> None:
+    """Fills a model with an export's weights, or with those whose names begin with `prefix` but not with `unread`.
 
     Raises:
         CheckpointError: tensors are missing, left over, or of another shape; it names them.
@@ -139,7 +179,12 @@ def load_weights(model: nn.Module, name: str | Path, prefix: str = "") -> None:
         weights = load_file(path)
     except Exception as error:  # safetensors raises its own and OSError, without a common base
         raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
-    weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    chosen = [name for name in weights if name.startswith(prefix) and not (unread and name.startswith(unread))]
+    fill(model, {name.removeprefix(prefix): weights[name] for name in chosen}, path)
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """Loads a state dict; raises `CheckpointError` where tensors are missing, left over, or of another shape."""
     own = model.state_dict()
     problems = [f"{n}: missing" for n in own if n not in weights]
     problems += [f"{n}: unknown to this model" for n in weights if n not in own]

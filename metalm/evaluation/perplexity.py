@@ -74,6 +74,6 @@ def read(model: MetaLM, documents: list[Document], batch_size: int) -> list[floa
         hidden_LD = model.hidden(batch).flatten(0, 1)
         for row, n in enumerate(numbers):
             own = batch.places_L // batch.tokens_BT.shape[1] == row
-            loss = linear_cross_entropy(hidden_LD[batch.places_L[own]], model.decoder.embedding.weight, batch.targets_L[own])
+            loss = linear_cross_entropy(hidden_LD[batch.places_L[own]], model.decoder.softmax_weight, batch.targets_L[own])
             nats[n] = float(loss)
     return nats

@@ -131,8 +131,8 @@ class Readings:
         def other(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (k >= end) & (k - end <= across_RT[b, q])
 
-        model = self.model
-        return synchronous(own, other, position_RT, across_RT, model.config.synchronous, model.rotary_width)
+        weight, rotary = self.model.config.synchronous, self.model.decoder.transformer.rotary
+        return synchronous(own, other, position_RT, across_RT, weight, rotary)
 
     def drop(self, hole: int) -> None:
         """The hole is not read any more."""

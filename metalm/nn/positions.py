@@ -33,11 +33,40 @@ class LearnedPositions(nn.Embedding):
     """One learned vector a position; positions beyond the table are an error of the caller's."""
 
 
-def rotary_tables(position_BT: Tensor, head_width: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, T, D/2] in float32 for `rotate`. Source: RoFormer, in the half-split layout of Llama."""
+def rotary_tables(
+    position_BT: Tensor, head_width: int, base: float = 10000.0, scaling: dict[str, float] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, T, D/2] in float32 for `rotate`. Source: RoFormer, in the half-split layout of Llama.
+
+    Args:
+        scaling: Llama 3's `factor`, `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`; `factor`
+            alone divides every position.
+    """
     exponents = torch.arange(0, head_width, 2, device=position_BT.device, dtype=torch.float32) / head_width
-    angles = position_BT[:, None, :, None].float() * base**-exponents
+    frequencies = base**-exponents
+    if scaling is not None:
+        frequencies = scale_frequencies(frequencies, **scaling)
+    angles = position_BT[:, None, :, None].float() * frequencies
     return angles.cos(), angles.sin()
+
+
+def scale_frequencies(
+    frequencies: Tensor,
+    factor: float,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 1.0,
+    original_max_position_embeddings: float = 0.0,
+) -> Tensor:
+    """Frequencies for longer texts: the slow ones divided by `factor`, the fast ones as they were, between them a blend.
+
+    Slow and fast by how often a frequency turns in the original length: less than `low_freq_factor`, more than
+    `high_freq_factor`. Without an original length all are divided. Source: Llama 3.1 (arXiv 2407.21783), as released.
+    """
+    if not original_max_position_embeddings:
+        return frequencies / factor
+    turns = original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
 
 
 def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -17,13 +17,14 @@ Shapes: B rows, T positions, H heads, G key-value heads, K keys, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from metalm.nn.attention import Mask, Predicate, attend
-from metalm.nn.positions import rotary_tables, rotate
+from metalm.nn.positions import rotate
 
 PLAIN = -1  # of a position that does not look across
 
@@ -50,7 +51,12 @@ class Synchronous:
 
 
 def synchronous(
-    own: Mask, other: Predicate, position_BT: Tensor, other_position_BT: Tensor, weight: float, rotary_width: int = 0
+    own: Mask,
+    other: Predicate,
+    position_BT: Tensor,
+    other_position_BT: Tensor,
+    weight: float,
+    rotary: Callable[[Tensor], tuple[Tensor, Tensor] | None],
 ) -> Synchronous:
     """The attention of rows in which some positions look across.
 
@@ -58,10 +64,9 @@ def synchronous(
         other: which keys a position that looks across sees there.
         position_BT: int64, positions in their own side.
         other_position_BT: int64, the position across at the same step; `PLAIN` where a position does not look across.
-        rotary_width: of a head, where positions are rotary.
+        rotary: the tables of positions, `metalm.nn.transformer.Transformer.rotary`.
     """
     looks_BT = other_position_BT != PLAIN
     mask = Mask(lambda b, h, q, k: ~looks_BT[b, q] | other(b, h, q, k), own.rows, own.queries, own.keys, own.device)
     turn_BT = torch.where(looks_BT, other_position_BT - position_BT, 0)
-    turn = rotary_tables(turn_BT, rotary_width) if rotary_width else None
-    return Synchronous(own, mask, weight * looks_BT, turn)
+    return Synchronous(own, mask, weight * looks_BT, rotary(turn_BT))

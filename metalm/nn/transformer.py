@@ -6,6 +6,7 @@ x = x + attention(norm(x));  x = x + mlp(norm(x));  norm at the end
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -20,57 +21,75 @@ from metalm.nn.positions import LearnedPositions, RelativeBias, SinusoidalPositi
 
 @dataclass
 class TransformerConfig:
-    """Shape and choices of a stack. `kv_heads` and `ffn` of 0 mean `heads` and 4 x `width`."""
+    """Shape and choices of a stack.
+
+    `kv_heads`, `ffn` and `head_width` of 0 mean `heads`, 4 x `width` and `width` / `heads`, `norm_eps` 0 1e-5 (layer) or 1e-6
+    (rms). `qkv_bias` is whether queries, keys and values have biases, where that differs from `bias`; `qk_norm` normalises
+    queries and keys, head by head, before their rotation. `rotary_scaling` is Llama 3's, as its configuration has it.
+    """
 
     layers: int
     width: int
     heads: int
     kv_heads: int = 0
     ffn: int = 0
+    head_width: int = 0
     norm: Literal["layer", "rms"] = "layer"
-    mlp: Literal["gelu", "relu", "swiglu"] = "gelu"
+    norm_eps: float = 0.0
+    mlp: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu_tanh"] = "gelu"
     positions: Literal["sinusoidal", "learned", "rotary", "none"] = "sinusoidal"
+    rotary_base: float = 10000.0
+    rotary_scaling: dict[str, float] | None = None
     relative_bias: bool = False
     max_positions: int = 1024
     bias: bool = True
+    qkv_bias: bool | None = None
+    qk_norm: bool = False
     dropout: float = 0.0
     activation_checkpointing: bool = False
 
     def __post_init__(self):
         self.kv_heads = self.kv_heads or self.heads
         self.ffn = self.ffn or 4 * self.width
+        self.norm_eps = self.norm_eps or (1e-6 if self.norm == "rms" else 1e-5)
         for name in ("layers", "width", "heads", "kv_heads", "ffn", "max_positions"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be at least 1")
-        if self.width % self.heads:
-            raise ConfigError(f"width {self.width} is not divisible by heads {self.heads}")
+        if not self.head_width and self.width % self.heads:
+            raise ConfigError(f"width {self.width} is not divisible by heads {self.heads}, and head_width is not set")
+        self.head_width = self.head_width or self.width // self.heads
         if self.heads % self.kv_heads:
             raise ConfigError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}")
-        if self.positions == "rotary" and self.width // self.heads % 2:
-            raise ConfigError(f"rotary positions need an even head width, not width / heads = {self.width // self.heads}")
+        if self.positions == "rotary" and self.head_width % 2:
+            raise ConfigError(f"rotary positions need an even head width, not width / heads = {self.head_width}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout {self.dropout} is not in [0, 1)")
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
-    return nn.RMSNorm(config.width, eps=1e-6) if config.norm == "rms" else nn.LayerNorm(config.width)
+    return (nn.RMSNorm if config.norm == "rms" else nn.LayerNorm)(config.width, eps=config.norm_eps)
+
+
+gelu_tanh = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
+GATES = {"swiglu": F.silu, "geglu_tanh": gelu_tanh}
 
 
 class MLP(nn.Module):
-    """Two linear maps around GELU or ReLU, or SwiGLU with gate and up in one product."""
+    """Two linear maps around GELU or ReLU, or gated by SiLU or GELU with gate and up in one product."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.kind = config.mlp
-        self.up = nn.Linear(config.width, config.ffn * (2 if self.kind == "swiglu" else 1), bias=config.bias)
+        self.up = nn.Linear(config.width, config.ffn * (2 if self.kind in GATES else 1), bias=config.bias)
         self.down = nn.Linear(config.ffn, config.width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
-        if self.kind == "swiglu":
+        if self.kind in GATES:
             gate, up = x.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * up)
-        return self.down(F.gelu(x) if self.kind == "gelu" else F.relu(x))
+            return self.down(GATES[self.kind](gate) * up)
+        return self.down(ACTIVATIONS[self.kind](x))
 
 
 class Attends(Protocol):
@@ -106,10 +125,14 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads
-        self.head_width = config.width // config.heads
+        self.head_width = config.head_width
         self.dropout = config.dropout
-        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=config.bias)
-        self.out = nn.Linear(config.width, config.width, bias=config.bias)
+        bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=bias)
+        self.query_norm, self.key_norm = (
+            nn.RMSNorm(self.head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
+        self.out = nn.Linear(self.heads * self.head_width, config.width, bias=config.bias)
 
     def match_queries_to_keys(self) -> None:
         """Starts every second head with its key's matrix as the query's: they look at what is alike, so that looking things
@@ -131,6 +154,7 @@ class Attention(nn.Module):
         B, T, _ = x_BTD.shape
         qkv = self.qkv(x_BTD).view(B, T, -1, self.head_width).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        q, k = self.query_norm(q), self.key_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
@@ -188,9 +212,7 @@ class Transformer(nn.Module):
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(position_BT).to(x_BTD.dtype)
         x_BTD = self.dropout(x_BTD)
-        rotary = bias = None
-        if self.config.positions == "rotary":
-            rotary = rotary_tables(position_BT, self.config.width // self.config.heads)
+        rotary, bias = self.rotary(position_BT), None
         if self.relative_bias is not None and isinstance(mask, Mask | str):
             index_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
             bias = self.relative_bias(index_T, index_T)
@@ -202,6 +224,13 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(x_BTD.shape[1])
         return self.norm(x_BTD)
+
+    def rotary(self, position_BT: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The tables that turn queries and keys at these positions; None where positions are not rotary."""
+        config = self.config
+        if config.positions != "rotary":
+            return None
+        return rotary_tables(position_BT, config.head_width, config.rotary_base, config.rotary_scaling)
 
 
 def make_positions(config: TransformerConfig) -> nn.Module | None:

@@ -173,25 +173,19 @@ class MIM(MetaLM):
         super().__init__(config)
         self.layout = MIMLayout(config.r2l_token, SYNCHRONOUS_SHARE if config.synchronous else 0.0)
 
-    @property
-    def rotary_width(self) -> int:
-        """Of a head; 0 where positions are not rotary."""
-        decoder = self.config.decoder
-        return decoder.width // decoder.heads if decoder.positions == "rotary" else 0
-
     def attention(self, batch: Batch) -> Mask | Synchronous:
         own = super().attention(batch)
         if not isinstance(batch, HoleBatch):
             return own
-        weight = self.config.synchronous
-        return synchronous(own, other_side(batch), batch.position_BT, batch.across_BT, weight, self.rotary_width)
+        weight, rotary = self.config.synchronous, self.decoder.transformer.rotary
+        return synchronous(own, other_side(batch), batch.position_BT, batch.across_BT, weight, rotary)
 
     def forward(self, batch: Batch) -> Tensor:
         """Both cross-entropies and `beta` times the total variation, summed over the tokens, in nats; in texts with holes the
         cross-entropy of each token by its own side."""
         B, T = batch.tokens_BT.shape
         hidden_LD = self.hidden(batch).flatten(0, 1)[batch.places_L]
-        weight_VD = self.decoder.embedding.weight
+        weight_VD = self.decoder.softmax_weight
         documents = batch.document_BT + torch.arange(B, device=batch.document_BT.device)[:, None] * (T + 1)
         branch_L, document_L = (x.flatten()[batch.places_L] for x in (batch.branch_BT, documents))
         both_L, hole_L = self.kinds(batch)

@@ -11,7 +11,7 @@ from metalm.config import build, plugin, read_yaml
 from metalm.data.stream import DataConfig
 from metalm.errors import ConfigError
 from metalm.models import MODELS
-from metalm.pretrained import inherit, read_model_config
+from metalm.pretrained import FOREIGN, inherit, read_model_config
 
 
 @dataclass
@@ -105,7 +105,7 @@ def load_run_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
         start = holder[key].get("init_from")
         if start:
             holder[key] = inherit(holder[key], start, name)
-            values.setdefault("tokenizer", {"path": start})
+            values.setdefault("tokenizer", {"path": start.removeprefix(FOREIGN)})
     return build(RunConfig, values, str(path))
 
 

@@ -104,9 +104,9 @@ def test_an_encoder_of_text_becomes_metalms_with_the_same_states(sources, tmp_pa
     assert docked.config.encoders["text"].init_from == ""  # the export stands alone
 
 
-@pytest.mark.parametrize("positions", ["rotary", "sinusoidal"])
-def test_a_decoder_is_read_as_a_causal_encoder_with_the_same_states(sources, tmp_path, positions):
-    stack = {"type": "mim", "decoder": {**STACK, "positions": positions}}
+@pytest.mark.parametrize("choices", [{"positions": "rotary", "tied": False}, {"positions": "learned", "scaled": True}, {}])
+def test_a_decoder_is_read_as_a_causal_encoder_with_the_same_states(sources, tmp_path, choices):
+    stack = {"type": "mim", "decoder": {**STACK, **choices}}
     run = train(load_run_config(write_run(tmp_path, "mim", stack, {}, tokenizer={"vocab_size": 300})))
     part = {"type": "causal", "init_from": str(run)}
     config = load_run_config(start_from(tmp_path, "docked", part, "text"), ["training.lr=1e-30"])
