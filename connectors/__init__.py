@@ -9,5 +9,9 @@ CONNECTORS = Registry(
         "linear": "metalm.connectors.linear:LinearConnector",
         "feedforward": "metalm.connectors.feedforward:FeedForwardConnector",
         "perceiver": "metalm.connectors.perceiver:PerceiverConnector",
+        "qformer": "metalm.connectors.qformer:QFormerConnector",
+        "stack": "metalm.connectors.stack:StackConnector",
+        "pixel_shuffle": "metalm.connectors.pixel_shuffle:PixelShuffleConnector",
+        "convolution": "metalm.connectors.convolution:ConvolutionConnector",
     },
 )

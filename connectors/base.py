@@ -1,7 +1,7 @@
 """The contract of a connector: encoder states in, decoder input vectors out.
 
 A pointwise connector maps each state by itself and takes any leading shape. Any other sees whole spans, padded, with a
-mask, and makes a fixed number of vectors of each.
+mask, and makes of each as many vectors as its configuration says, the first of those that it returns for the span.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ class ConnectorConfig:
     type: str
 
     def num_vectors(self, num_states: int) -> int:
-        """Decoder positions that a span of `num_states` states takes."""
+        """Decoder positions that a span of `num_states` states takes.
+
+        Raises:
+            ConfigError: the connector does not read spans of so many states.
+        """
         return num_states
 
 
@@ -33,4 +37,4 @@ class Connector(nn.Module, ABC):
     @abstractmethod
     def forward(self, states: Tensor, mask_NS: Tensor | None = None) -> Tensor:
         """Pointwise: [..., encoder width] -> [..., decoder width]. Else [N, S, encoder width] with bool mask [N, S]
-        (True for real states) -> [N, V, decoder width]."""
+        (True for real states, which come first) -> [N, V, decoder width], V those of the longest span."""

@@ -97,7 +97,7 @@ class MetaLM(nn.Module):
         index_NS = (ends - span.lengths)[:, None] + torch.arange(span.max_length, device=states.device)
         mask_NS = index_NS < ends[:, None]
         padded = states[span.source[index_NS.clamp(max=len(span.source) - 1)]]
-        return connector(padded, mask_NS).flatten(0, 1)
+        return first_vectors(connector(padded, mask_NS), span.vectors, len(span.positions))
 
     def embed(self, batch: Batch) -> Tensor:
         """What the decoder reads, [B, T, D]: token embeddings, and docked states at the spans' positions."""
@@ -128,3 +128,14 @@ class MetaLM(nn.Module):
         """Cross-entropy summed over the batch's targets, in nats: a float32 scalar."""
         hidden_LD = self.hidden(batch).flatten(0, 1)[batch.places_L]
         return linear_cross_entropy(hidden_LD, self.decoder.softmax_weight, batch.targets_L)
+
+
+def first_vectors(vectors_NVD: Tensor, count_N: Tensor, total: int) -> Tensor:
+    """The first `count_N` vectors of each span, `total` of all, one after another; every one where none is wanted."""
+    N, V, _ = vectors_NVD.shape
+    flat = vectors_NVD.flatten(0, 1)
+    if total in (0, N * V):
+        return flat
+    span_M = torch.arange(N, device=flat.device).repeat_interleave(count_N, output_size=total)
+    before_M = (count_N.cumsum(0) - count_N)[span_M]
+    return flat[span_M * V + torch.arange(total, device=flat.device) - before_M]

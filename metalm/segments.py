@@ -94,6 +94,7 @@ class SpanBatch:
         max_length: the largest of them.
         positions: int64 [M], flat places in [B * T] that the connector's vectors fill; empty for a blank span, which runs
             only because every encoder runs in every step.
+        vectors: int64 [N], how many of them are each span's.
     """
 
     inputs: dict[str, Tensor]
@@ -101,6 +102,7 @@ class SpanBatch:
     lengths: Tensor
     max_length: int
     positions: Tensor
+    vectors: Tensor
 
 
 @dataclass
@@ -259,7 +261,8 @@ def _span_batch(spans: list[tuple[Span, int]], processor: Any) -> SpanBatch:
     lengths = [processor.num_states(one) for one in inputs]
     places = [np.arange(start, start + len(span)) for span, start in spans]
     positions = torch.from_numpy(np.concatenate(places)) if places else torch.zeros(0, dtype=torch.long)
-    return SpanBatch(collated.inputs, collated.source, torch.tensor(lengths), max(lengths), positions)
+    vectors = torch.tensor([len(span) for span, _ in spans] or [0])
+    return SpanBatch(collated.inputs, collated.source, torch.tensor(lengths), max(lengths), positions, vectors)
 
 
 def map_inputs(document: Document, change: Callable[[Span], dict[str, Any]]) -> Document:

@@ -43,6 +43,7 @@ def models(tokenizer) -> dict[str, MetaLM]:
     encoders = {
         "text, linear": {"text": {**text, "connector": {"type": "linear"}}},
         "text, perceiver": {"text": {**text, "connector": {"type": "perceiver", "latents": 3, "heads": 2}}},
+        "text, stack": {"text": {**text, "connector": {"type": "stack", "size": 2}}},
         "fused": {"fused": fused},
     }
     made = {}
