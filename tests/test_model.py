@@ -249,7 +249,9 @@ def test_freezing_more_layers_than_there_are_is_refused():
 
 
 def test_an_encoder_needs_a_connector():
-    with pytest.raises(ConfigError, match=r"encoders\.text needs a connector, one of: convolution, feedforward, linear, perceiver"):
+    with pytest.raises(
+        ConfigError, match=r"encoders\.text needs a connector, one of: convolution, feedforward, linear, perceiver"
+    ):
         build(MetaLMConfig, {"decoder": SIZE, "encoders": {"text": TEXT}}, "run.yaml")
 
 

@@ -1,4 +1,4 @@
-"""Every connector keeps the contract: shapes, counts, gradients, and padding that changes nothing."""
+"""Every connector keeps the contract, and does what it is called after."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 
 from metalm.config import build
 from metalm.connectors import CONNECTORS
-from metalm.connectors.base import Connector
+from metalm.connectors.base import Connector, ConnectorConfig
 from metalm.errors import ConfigError
+from metalm.testing import check_connector
 
 ENCODER, DECODER = 12, 16
 CONFIGS = [
@@ -28,70 +29,53 @@ CONFIGS = [
 SQUARES = {"pixel_shuffle": (36, 36, 144), "convolution": (16, 4, 9)}  # lengths of three spans
 
 
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.fixture(params=CONFIGS, ids=lambda c: " ".join(map(str, c.values())))
-def connector(request) -> Connector:
-    torch.manual_seed(0)
-    cls = CONNECTORS[request.param["type"]]
-    config = build(cls.Config, request.param, "test")
-    made = cls(config, ENCODER, DECODER).double()
-    made.num_vectors = config.num_vectors
-    made.lengths = SQUARES.get(request.param["type"], (6, 1, 4))
-    return made
-
-
 def test_built_ins_are_all_tested():
     assert {config["type"] for config in CONFIGS} == set(CONNECTORS.builtin)
 
 
-def test_shapes_are_as_promised(connector):
-    if connector.pointwise:
-        assert connector(draw(7, ENCODER)).shape == (7, DECODER)
-        assert connector(draw(2, 3, ENCODER)).shape == (2, 3, DECODER)
-        assert connector.num_vectors(7) == 7
-    else:
-        length = max(connector.lengths)
-        out = connector(draw(4, length, ENCODER), torch.ones(4, length, dtype=torch.bool))
-        assert out.shape == (4, connector.num_vectors(length), DECODER)
-        assert torch.equal(out, connector(draw(4, length, ENCODER)))
+@pytest.mark.parametrize("values", CONFIGS, ids=lambda c: " ".join(map(str, c.values())))
+def test_every_built_in_keeps_the_contract(values):
+    cls = CONNECTORS[values["type"]]
+    check_connector(cls, build(cls.Config, values, "test"), lengths=SQUARES.get(values["type"], (6, 1, 4)))
 
 
-def test_a_span_is_as_it_is_alone(connector):
-    """Pointwise: state by state. Else: whatever stands in the padding, and whoever is in the batch."""
-    lengths = connector.lengths
-    states = draw(3, max(lengths), ENCODER)
-    if connector.pointwise:
-        alone = torch.stack([torch.stack([connector(state) for state in span]) for span in states])
-        torch.testing.assert_close(connector(states), alone)
-        return
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    together = connector(states, mask)
-    for n, length in enumerate(lengths):
-        alone = connector(states[n : n + 1, :length])[0]
-        assert len(alone) == connector.num_vectors(length)
-        torch.testing.assert_close(together[n, : len(alone)], alone)
-    other = torch.where(mask[:, :, None], states, 1e3 * draw(3, max(lengths), ENCODER, seed=1))
-    for one, before, length in zip(connector(other, mask), together, lengths):
-        count = connector.num_vectors(length)
-        torch.testing.assert_close(one[:count], before[:count])
+class Averaging(Connector):
+    """Takes the padding into its mean."""
+
+    Config = ConnectorConfig
+    pointwise = False
+
+    def __init__(self, config, encoder_width, decoder_width):
+        super().__init__()
+        self.map = torch.nn.Linear(encoder_width, decoder_width)
+
+    def forward(self, states, mask_NS=None):
+        return self.map(states + states.mean(1, keepdim=True))
 
 
-def test_gradients_reach_states_and_every_parameter(connector):
-    lengths = connector.lengths
-    states = draw(3, max(lengths), ENCODER).requires_grad_()
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    out = connector(states) if connector.pointwise else connector(states, mask)
-    if not connector.pointwise:
-        out = torch.cat([one[: connector.num_vectors(length)] for one, length in zip(out, lengths)])
-    (out * draw(*out.shape, seed=3)).sum().backward()
-    reached = states.grad.abs().sum(-1) > 0
-    assert torch.equal(reached, torch.ones_like(mask) if connector.pointwise else mask)
-    for name, parameter in connector.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.any() or "key_value" in name or "query" in name, name
+class Deaf(Averaging):
+    """Hears the first state alone, and has a weight that does nothing."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.idle = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, states, mask_NS=None):
+        return self.map(states[:, :1].expand_as(states))
+
+
+class Short(Averaging):
+    def forward(self, states, mask_NS=None):
+        return self.map(states[:, :-1])
+
+
+@pytest.mark.parametrize(
+    "cls, message",
+    [(Averaging, "depend on the batch"), (Deaf, "has no influence"), (Short, r"shape \(3, 5, 16\), not \(3, 6, 16\)")],
+)
+def test_what_breaks_the_contract_is_said(cls, message):
+    with pytest.raises(AssertionError, match=message):
+        check_connector(cls, ConnectorConfig("broken"))
 
 
 def test_pixel_shuffle_takes_squares_of_neighbours():

@@ -15,8 +15,10 @@ from metalm.config import build
 from metalm.data.audio import encode_wav
 from metalm.encoders import ENCODERS
 from metalm.encoders.base import Encoder
+from metalm.encoders.text import TextProcessor
 from metalm.errors import ConfigError, DataError
 from metalm.nn.freezing import set_trainable
+from metalm.testing import check_encoder
 
 SIZE = {"layers": 3, "width": 16, "heads": 2, "vocab_size": 30}
 VIT = {"type": "timm", "name": "vit_tiny_patch16_224", "image_size": 32, "arguments": {"depth": 3, "embed_dim": 24}}
@@ -107,33 +109,8 @@ def test_every_built_in_is_tested():
     assert {values["type"] for values in CONFIGS.values()} == set(ENCODERS.builtin)
 
 
-def test_states_are_as_many_as_announced(encoder):
-    processor = encoder.processor
-    inputs = some_inputs(encoder)
-    announced = [processor.num_states(one) for one in inputs]  # before decoding, as a layout asks
-    loaded = [processor.load(one) for one in inputs]
-    assert [processor.num_states(one) for one in loaded] == announced
-    collated = processor.collate(loaded)
-    states = encoder(**collated.inputs)
-    assert states.shape[2] == encoder.width
-    assert len(collated.source) == sum(announced)
-    assert len(set(collated.source.tolist())) == len(collated.source)
-    assert collated.source.max() < states.shape[0] * states.shape[1]
-    chosen = states.flatten(0, 1)[collated.source]
-    assert chosen.isfinite().all()
-    # In float32: each span's states are those that it has alone.
-    alone = []
-    for one in loaded:
-        single = processor.collate([one])
-        alone.append(encoder(**single.inputs).flatten(0, 1)[single.source])
-    torch.testing.assert_close(chosen, torch.cat(alone), rtol=1e-4, atol=1e-4)
-
-
-def test_a_blank_span_runs(encoder):
-    blank = encoder.processor.load(encoder.processor.blank())
-    collated = encoder.processor.collate([blank])
-    assert len(collated.source) == encoder.processor.num_states(blank) >= 1
-    assert encoder(**collated.inputs).isfinite().all()
+def test_every_built_in_keeps_the_contract(encoder):
+    check_encoder(encoder, some_inputs(encoder))
 
 
 @pytest.mark.parametrize("trainable", ["all", "none", 1, 2])
@@ -155,13 +132,6 @@ def test_the_last_layers_alone_train(encoder, trainable):
     stages = len(encoder.model.feature_info) if getattr(encoder, "convolutional", False) else 3
     assert len(layers) == (12 if isinstance(encoder, ENCODERS["open_clip"]) else stages)
     set_trainable(encoder, layers, "all", "encoder")
-
-
-def test_processors_travel_to_workers(encoder):
-    import pickle
-
-    copy = pickle.loads(pickle.dumps(encoder.processor))
-    assert copy == encoder.processor
 
 
 def normalised(encoder: Encoder, image: bytes, mean, std) -> torch.Tensor:
@@ -352,3 +322,44 @@ def test_broken_pictures_are_data_errors(encoders):
         if "image" in encoder.processor.reads:
             with pytest.raises(DataError, match="not a complete picture"):
                 encoder.processor.load({"image": noise(0)[:200]})
+
+
+class Miscounting(TextProcessor):
+    def num_states(self, inputs: dict) -> int:
+        return len(inputs["tokens"]) + 1
+
+
+class Broken(ENCODERS["text"]):
+    """A text encoder with a defect, by its name."""
+
+    def __init__(self, defect: str):
+        torch.manual_seed(0)
+        super().__init__(build(self.Config, CONFIGS["text"], "test"))
+        self.defect = defect
+        if defect == "idle":
+            self.idle = torch.nn.Parameter(torch.zeros(1))
+        if defect == "count":
+            self.processor = Miscounting(64)
+        if defect == "width":
+            self.width += 1
+
+    def forward(self, tokens_RS, span_RS, position_RS):
+        span_RS = torch.ones_like(span_RS) if self.defect == "leak" else span_RS
+        states = super().forward(tokens_RS, span_RS, position_RS)
+        return states / 0 if self.defect == "infinite" else states
+
+
+@pytest.mark.parametrize(
+    "defect, message",
+    [
+        ("idle", r"get no gradient: idle"),
+        ("count", "source names 4 states, num_states announces 6"),
+        ("width", r"not \[rows, positions, width=17\]"),
+        ("leak", "a span's states depend on the batch"),
+        ("infinite", "not finite"),
+    ],
+)
+def test_what_breaks_the_contract_is_said(defect, message):
+    encoder = Broken(defect)
+    with pytest.raises(AssertionError, match=message):
+        check_encoder(encoder, [{"tokens": [1, 2, 3]}, {"tokens": [4]}])

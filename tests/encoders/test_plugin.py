@@ -86,6 +86,7 @@ from metalm.config import build
 from metalm.errors import ConfigError
 from metalm.model import MetaLM, MetaLMConfig
 from metalm.segments import Document, Span, Text, make_batch
+from metalm.testing import check_encoder
 
 decoder = {"layers": 1, "width": 8, "heads": 2, "vocab_size": 9}
 tones = {"type": "tones", "width": 6, "trainable": 1, "connector": {"type": "linear"}}
@@ -99,6 +100,8 @@ for key, value in {"type": "tone", "frames": 3}.items():
         build(MetaLMConfig, {"decoder": decoder, "encoders": {"ear": {**tones, key: value}}}, "run.yaml")
     except ConfigError as error:
         print(error)
+check_encoder(model.encoders["ear"], [{"sound": [0.5] * 12}, {"sound": [0.25, 0.5] * 2}])
+print("keeps the contract")
 """
 
 
@@ -116,4 +119,5 @@ def test_an_encoder_from_another_package(tmp_path):
         "trained: ['stack.1.weight', 'stack.1.bias']",
         "run.yaml: encoders.ear.type: no encoder is called 'tone'; did you mean 'tones'?",
         "run.yaml: unknown key 'encoders.ear.frames'; did you mean 'frame'?",
+        "keeps the contract",
     ]
