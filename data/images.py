@@ -36,18 +36,25 @@ def decode_image(encoded: bytes, size: int, interpolation: str = "bicubic", view
             picture = image.convert("RGB")
         if turn is not None:
             picture = picture.transpose(turn)
-        width, height = picture.size
-        box = (0, 0, width, height)
-        if view is not None:
-            box = (view.left * width, view.top * height, view.right * width, view.bottom * height)
-        if box != (0, 0, size, size):
-            picture = picture.resize((size, size), getattr(Image.Resampling, interpolation.upper()), box)
-        if view is not None and view.mirrored:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return fit_square(picture, size, interpolation, view)
     except UnidentifiedImageError as error:  # whose text is the address of a buffer
         raise DataError("not a complete picture (no known format)") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"not a complete picture ({error})") from error
+
+
+def fit_square(picture, size: int, interpolation: str = "bicubic", view: View | None = None) -> Tensor:
+    """A Pillow picture in RGB, or a `view` of it, as uint8 [3, size, size], squashed to the square."""
+    from PIL import Image
+
+    width, height = picture.size
+    box = (0, 0, width, height)
+    if view is not None:
+        box = (view.left * width, view.top * height, view.right * width, view.bottom * height)
+    if box != (0, 0, size, size):
+        picture = picture.resize((size, size), getattr(Image.Resampling, interpolation.upper()), box)
+    if view is not None and view.mirrored:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).contiguous()
 
 

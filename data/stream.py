@@ -293,7 +293,7 @@ class PackedStream(IterableDataset):
         documents = list(TASKS[self.sources[i].task](self.interface, sample, rng, **arguments))
         views = {}
         if self.sources[i].crop < 1 or self.sources[i].mirror:
-            views["image"] = draw_view(self.sources[i].crop, self.sources[i].mirror, rng)
+            views["image"] = views["video"] = draw_view(self.sources[i].crop, self.sources[i].mirror, rng)
         if self.sources[i].perturb:
             views["audio"] = draw_warp(self.sources[i].perturb, rng)
         if views:

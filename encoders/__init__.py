@@ -13,6 +13,7 @@ ENCODERS = Registry(
         "vit": "metalm.encoders.vit:ViT",
         "log_mel": "metalm.encoders.log_mel:LogMelEncoder",
         "speech": "metalm.encoders.speech:SpeechEncoder",
+        "video": "metalm.encoders.video:VideoEncoder",
         "timm": "metalm.encoders.image:TimmEncoder",
         "open_clip": "metalm.encoders.image:OpenClipEncoder",
     },

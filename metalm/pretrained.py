@@ -61,18 +61,22 @@ def save_pretrained(weights: Mapping[str, Tensor], config: Any, tokenizer: Token
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plain = to_plain(config)
-    # The weights are in the export: nothing is to be fetched when it is loaded.
-    for part in filter(None, (plain.get("decoder"), plain.get("encoder"), *plain.get("encoders", {}).values())):
-        part["init_from"] = ""
-    for encoder in plain.get("encoders", {}).values():
-        if "pretrained" in encoder:
-            encoder["pretrained"] = type(encoder["pretrained"])()
-        if encoder.get("arguments"):
-            encoder["arguments"].pop("checkpoint_path", None)
+    fetch_nothing(plain)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
     record = {"metalm_version": metalm.__version__, "tokenizer_fingerprint": tokenizer.fingerprint, "model": plain}
     (folder / CONFIG).write_text(json.dumps(record, indent=1))
     tokenizer.save(folder)
+
+
+def fetch_nothing(plain: dict) -> None:
+    """Takes out of a plain configuration where weights came from: they are in the export."""
+    for key, value in plain.items():
+        if key in ("init_from", "pretrained"):
+            plain[key] = type(value)()
+        elif key == "arguments" and value:
+            value.pop("checkpoint_path", None)
+        elif isinstance(value, dict):
+            fetch_nothing(value)
 
 
 def read_part(name: str | Path, part: str) -> tuple[str, dict]:

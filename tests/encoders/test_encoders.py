@@ -16,6 +16,7 @@ from metalm.data.audio import encode_wav
 from metalm.encoders import ENCODERS
 from metalm.encoders.base import Encoder
 from metalm.encoders.text import TextProcessor
+from metalm.encoders.video import black_film
 from metalm.errors import ConfigError, DataError
 from metalm.nn.freezing import set_trainable
 from metalm.testing import check_encoder
@@ -54,6 +55,10 @@ CONFIGS = {
     "timm ResNet": {"type": "timm", "name": "resnet10t", "image_size": 64, "arguments": {"output_stride": 16}},
     "timm ConvNeXt": {"type": "timm", "name": "convnext_atto", "image_size": 70},
     "open_clip": CLIP,
+    "video": {
+        "type": "video",
+        "image": {"type": "vit", "layers": 2, "width": 16, "heads": 2, "image_size": 16, "patch_size": 8},
+    },
     "log_mel": {"type": "log_mel", "layers": 3, "width": 16, "heads": 2, "sample_rate": 8000, "chunk_seconds": 0.5},
     "wav2vec 2.0": {**SPEECH, "name": "wav2vec2_model", "arguments": WAV2VEC2},
     "wav2vec 2.0, large": {**SPEECH, "name": "wav2vec2_model", "arguments": WAV2VEC2_LARGE},
@@ -98,6 +103,8 @@ def some_inputs(encoder: Encoder) -> list[dict]:
         inputs += [{"tokens": [1, 2, 3]}, {"tokens": [4]}]
     if "image" in encoder.processor.reads:
         inputs += [{"image": noise(0)}, {"image": noise(1)}]
+    if "video" in encoder.processor.reads:
+        inputs += [{"video": black_film()}, {"video": black_film()}]
     if "audio" in encoder.processor.reads:
         inputs += [{"audio": hiss(seconds)} for seconds in (0.3, 1.3, 0.01, 0.5)]
     if encoder.processor.reads == {"text", "image"}:
