@@ -1,4 +1,4 @@
-"""Which layers train: all, none, or the last n (the paper freezes all but the last two of the language encoder)."""
+"""Which layers train: all, none, the last n (the paper freezes all but the last two of the language encoder), or biases."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from torch import nn
 
 from metalm.errors import ConfigError
 
-Trainable = Literal["all", "none"] | int
+Trainable = Literal["all", "none", "biases"] | int
 
 
 def set_trainable(module: nn.Module, layers: list[nn.Module], trainable: Trainable, name: str) -> None:
-    """Freezes a module: "all" trains, "none" does, or all but its last n layers are frozen.
+    """Freezes a module: "all" trains, "none" does, all but its last n layers are frozen, or all but its biases (BitFit, arXiv
+    2106.10199).
 
     Args:
         layers: the module's blocks from input to output.
@@ -21,6 +22,8 @@ def set_trainable(module: nn.Module, layers: list[nn.Module], trainable: Trainab
     if isinstance(trainable, int) and not 0 <= trainable <= len(layers):
         raise ConfigError(f"{name}.trainable is {trainable}, but there are {len(layers)} layers")
     module.requires_grad_(trainable == "all")
+    for parameter_name, parameter in module.named_parameters() if trainable == "biases" else ():
+        parameter.requires_grad_(parameter_name.endswith("bias"))
     if isinstance(trainable, int) and trainable > 0:
         for layer in layers[-trainable:]:
             layer.requires_grad_(True)

@@ -19,6 +19,7 @@ from metalm.data.stream import Loader
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import CheckpointError, TrainingError
 from metalm.pretrained import save_pretrained
+from metalm.training.adapters import AdaptersConfig, merge_adapters, save_adapters
 from metalm.training.engine import all_sum, full_weights
 
 TAG = "state"
@@ -107,8 +108,8 @@ def _cuda_state() -> torch.Tensor | None:
     return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
 
-def write_export(engine, tokenizer: Tokenizer, run: Path) -> Path:
-    """Writes `RUN/export`, replacing an older one only when the new one is whole.
+def write_export(engine, tokenizer: Tokenizer, run: Path, adapters: AdaptersConfig | None = None) -> Path:
+    """Writes `RUN/export`, replacing an older one only when the new one is whole; `adapters` are merged and lie beside it.
 
     Raises:
         TrainingError: the disk is full.
@@ -119,7 +120,10 @@ def write_export(engine, tokenizer: Tokenizer, run: Path) -> Path:
     if dist.get_rank() == 0:
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            save_pretrained(weights, engine.module.config, tokenizer, partial)
+            plain = merge_adapters(weights, engine.module.config, adapters) if adapters else weights
+            save_pretrained(plain, engine.module.config, tokenizer, partial)
+            if adapters:
+                save_adapters(weights, adapters, partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         except Exception as e:  # safetensors reports a full disk as an error of its own

@@ -12,6 +12,7 @@ from metalm.data.stream import DataConfig
 from metalm.errors import ConfigError
 from metalm.models import MODELS
 from metalm.pretrained import FOREIGN, inherit, read_model_config
+from metalm.training.adapters import AdaptersConfig
 
 
 @dataclass
@@ -32,7 +33,8 @@ class TrainingConfig:
     file in DeepSpeed's own format; batch sizes, precision and clipping are filled in from here.
     `optimizer` is AdamW, by `betas` and `eps`, or stochastic gradient descent with Nesterov's `momentum`; `min_lr` is the
     fraction of `lr` that the schedule ends at; `part_lr` gives parts, by the beginning of their parameters' names, a multiple
-    of `lr`: {encoder: 0.01}. Intervals of 0 switch a thing off.
+    of `lr`: {encoder: 0.01}. `adapters` puts low-rank adapters on linear maps, and freezes these. Intervals of 0 switch a
+    thing off.
     """
 
     steps: int
@@ -56,6 +58,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     validate_every: int = 0
     tensorboard: bool = False
+    adapters: AdaptersConfig | None = None
 
     def __post_init__(self):
         for name in ("steps", "accumulation", "log_every", "keep_checkpoints"):

@@ -22,6 +22,7 @@ from metalm.errors import CheckpointError, ConfigError, TrainingError
 from metalm.models import MODELS, fit_to_tokenizer, spell_tokens
 from metalm.pretrained import load_parts, load_weights
 from metalm.segments import Batch
+from metalm.training.adapters import add_adapters, load_adapters
 from metalm.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_export
 from metalm.training.config import RunConfig
 from metalm.training.engine import Parts, all_sum, make_engine, setup_distributed, train_step
@@ -57,6 +58,10 @@ def train(config: RunConfig) -> Path:
         load_weights(model, config.init_from)
     if not found:
         load_parts(model, config.model, tokenizer)
+    if config.training.adapters:
+        add_adapters(model, config.training.adapters)
+        if config.training.adapters.init_from and not found:
+            load_adapters(model, config.training.adapters.init_from)
     interface = Interface.of(model, tokenizer, config.data.row_length)
     stream = PackedStream(config.data.train, interface, config.data, config.training.seed, rank, world)
     engine = make_engine(model.to(device), config.training, config.data.rows)
@@ -67,7 +72,7 @@ def train(config: RunConfig) -> Path:
             reporter.message(f"resuming {run} at step {step:,}")
         finished = run_steps(engine, loader, config, step, reporter, interface)
         if finished:
-            export = write_export(engine, tokenizer, run)
+            export = write_export(engine, tokenizer, run, config.training.adapters)
             reporter.message(f"export: {export}")
             return export
     raise TrainingError(f"stopped by a signal; the same command resumes from {checkpoints(run)[-1]}")
