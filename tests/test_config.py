@@ -95,7 +95,10 @@ def test_values_take_their_types():
             r"run.yaml: connector.type: no connector is called 'liner'; did you mean 'linear'\?",
         ),
         ({"connector": {"type": ["linear"]}}, "run.yaml: connector.type: no connector is called"),
-        ({"connector": {"latents": 3}}, "run.yaml: connector needs a key 'type', one of: convolution, feedforward, linear, perceiver"),
+        (
+            {"connector": {"latents": 3}},
+            "run.yaml: connector needs a key 'type', one of: convolution, feedforward, linear, perceiver",
+        ),
         ({"connector": {}}, "run.yaml: connector needs a key 'type'"),
         ({"connector": {"a": {"type": "linear"}}}, "run.yaml: connector needs a key 'type'"),
         ({"connector": "linear"}, "run.yaml: connector needs a key 'type'"),

@@ -37,9 +37,9 @@ CAPTION = "a red circle left of a blue square"
 PATCHES = 4
 
 
-def picture() -> bytes:
+def picture(color: str = "red") -> bytes:
     out = io.BytesIO()
-    Image.new("RGB", (16, 16), "red").save(out, "PNG")
+    Image.new("RGB", (16, 16), color).save(out, "PNG")
     return out.getvalue()
 
 
@@ -371,3 +371,23 @@ def test_captions_of_a_text_are_laid_out_as_those_of_an_image(tokenizer):
     words = shape(document.segments, tokenizer)
     assert words[0] == ("text", False, " there is a red circle.")
     assert "".join(part[-1] if part[0] == "text" else part[0] for part in words[1:]) == " the circle is red</s>"
+
+
+def test_several_images_are_read_one_after_another(tokenizer):
+    other = picture("green")
+    album = Sample("album", IMAGE, [CAPTION], more_images=[other], questions=[Question("1", "which?", ["both"])])
+    for encoders in (["image"], ["image", "text"]):
+        (document,) = captioning(interface(tokenizer, *encoders), album, random.Random(0))
+        assert [segment.inputs.get("image") for segment in document.segments[:2]] == [IMAGE, other]
+        (document,) = vqa(interface(tokenizer, *encoders), album, random.Random(0))
+        assert [segment.inputs.get("image") for segment in document.segments[:2]] == [IMAGE, other]
+    (document,) = vqa(interface(tokenizer, "fused"), album, random.Random(0))
+    first, last = document.segments[:2]  # the last image is read with the question
+    assert (first.inputs["image"], first.inputs["tokens"], last.inputs["image"]) == (IMAGE, [], other)
+    assert "which?" in tokenizer.decode(last.inputs["tokens"])
+
+
+@pytest.mark.parametrize("kind, plural", [("audio", "sounds"), ("video", "films")])
+def test_media_without_an_encoder_are_named(tokenizer, kind, plural):
+    with pytest.raises(ConfigError, match=f"the data hold {plural}, but the model has no {kind} encoder"):
+        list(captioning(interface(tokenizer, "image"), Sample("clip", captions=["a"], **{kind: b"clip"}), random.Random(0)))
