@@ -97,7 +97,7 @@ def test_values_take_their_types():
         ({"connector": {"type": ["linear"]}}, "run.yaml: connector.type: no connector is called"),
         (
             {"connector": {"latents": 3}},
-            "run.yaml: connector needs a key 'type', one of: convolution, feedforward, linear, perceiver",
+            "run.yaml: connector needs a key 'type', one of: convolution, feed",
         ),
         ({"connector": {}}, "run.yaml: connector needs a key 'type'"),
         ({"connector": {"a": {"type": "linear"}}}, "run.yaml: connector needs a key 'type'"),
