@@ -64,12 +64,12 @@ class MIMConfig(MetaLMConfig):
                 raise ConfigError(f"{name} {getattr(self, name)} must not be negative")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HoleDocument(Document):
     """A text cut in the middle of a hole, before which it has `before` tokens and after which `after` of them."""
 
-    before: int = 0
-    after: int = 0
+    before: int
+    after: int
 
     @property
     def across(self) -> list[int]:
@@ -80,7 +80,7 @@ class HoleDocument(Document):
         return sides
 
 
-@dataclass
+@dataclass(kw_only=True)
 class HoleBatch(Batch):
     """Texts in both directions, and texts with holes.
 
@@ -89,8 +89,8 @@ class HoleBatch(Batch):
         in_hole_text_L: bool, whether a target is of a text with a hole.
     """
 
-    across_BT: Tensor = None
-    in_hole_text_L: Tensor = None
+    across_BT: Tensor
+    in_hole_text_L: Tensor
 
 
 @dataclass
@@ -119,10 +119,8 @@ class MIMLayout:
         batch = make_batch(rows, {}, length)
         if not self.hole_share:
             return batch
-        across_BT, in_hole_text_BT = (
-            torch.full_like(batch.tokens_BT, PLAIN),
-            torch.zeros_like(batch.tokens_BT, dtype=torch.bool),
-        )
+        across_BT = torch.full_like(batch.tokens_BT, PLAIN)
+        in_hole_text_BT = torch.zeros_like(batch.tokens_BT, dtype=torch.bool)
         for b, row in enumerate(rows):
             start = 0
             for document in row:
