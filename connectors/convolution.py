@@ -67,7 +67,7 @@ class ConvolutionConnector(Connector):
 
     def forward(self, states_NSD: Tensor, mask_NS: Tensor | None = None) -> Tensor:
         x_NSD = self.project(states_NSD)
-        if mask_NS is None or bool(mask_NS.all()):
+        if mask_NS is None or mask_NS.is_meta or bool(mask_NS.all()):
             return self.pooled(x_NSD)
         out = x_NSD.new_zeros(len(x_NSD), self.side**2, self.map.out_features)
         length_N = mask_NS.sum(1)

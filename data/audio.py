@@ -47,6 +47,8 @@ def num_samples(encoded: bytes, sample_rate: int) -> int:
         raise DataError(f"not a complete sound ({_reason(error)})") from error
     if not info.frames:
         raise DataError("a sound without samples")
+    if info.frames >= 1 << 48:  # what a FLAC has that was written into a pipe
+        raise DataError("a sound whose header does not say how long it is: write it to a file again")
     divisor = math.gcd(info.samplerate, sample_rate)
     return -(-info.frames * (sample_rate // divisor) // (info.samplerate // divisor))
 

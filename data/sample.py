@@ -84,8 +84,11 @@ def sample_to_members(sample: Sample) -> dict:
     members: dict = {"__key__": sample.key}
     for number, image in enumerate([sample.image, *sample.more_images] if sample.image is not None else []):
         members[f"{number}." * bool(number) + extension_of(image)] = image
-    for data in filter(None, (sample.audio, sample.video)):
-        members[extension_of(data)] = data
+    for kind, data in (("audio", sample.audio), ("video", sample.video)):
+        if data is not None:
+            if extension_of(data) not in EXTENSIONS[kind]:
+                raise DataError(f"sample {sample.key!r}: its {kind} is of no known format ({', '.join(EXTENSIONS[kind])})")
+            members[extension_of(data)] = data
     media = ("image", "more_images", "audio", "video")
     record = {name: value for name, value in vars(sample).items() if name not in ("key", *media) and value}
     if sample.questions:

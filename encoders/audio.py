@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metalm.data.audio import decode_audio, encode_wav, num_samples
 from metalm.encoders.base import Collated, Processor
-from metalm.errors import ConfigError
+from metalm.errors import ConfigError, DataError
 
 
 @dataclass
@@ -57,6 +57,9 @@ class AudioProcessor(Processor):
 
     def load(self, inputs: dict) -> dict:
         wave_T = decode_audio(inputs["audio"], self.sample_rate)
+        announced = num_samples(inputs["audio"], self.sample_rate)
+        if len(wave_T) != announced:
+            raise DataError(f"a sound that breaks off: {len(wave_T):,} of {announced:,} samples are there")
         chunks = self.chunks(len(wave_T))
         padded_T = torch.nn.functional.pad(wave_T, (0, sum(chunks) - len(wave_T)))
         return {"audio": self.features(padded_T, inputs), "samples": len(wave_T)}

@@ -58,7 +58,8 @@ class SpeechEncoder(Encoder):
     """A torchaudio model's states.
 
     Models that normalise over time (`group_norm`: the base models), and WavLM, which takes no mask, read rows of unequal length
-    apart, so that padding has no part in their states.
+    apart, so that padding has no part in their states. How often they run then depends on the lengths in a rank's batch, which
+    ZeRO-3 does not allow on several ranks: train them there by another stage, or with clips of one length.
     """
 
     Config = SpeechConfig
@@ -90,6 +91,8 @@ class SpeechEncoder(Encoder):
         audio_RF = audio_RF.to(next(self.model.parameters()).dtype)
         if not self.reads_apart:
             return self.states(audio_RF, length_R)
+        if audio_RF.is_meta:
+            return self.states(audio_RF, None)
         states_RSD = None
         for length in length_R.unique().tolist():
             rows = length_R == length
@@ -99,6 +102,10 @@ class SpeechEncoder(Encoder):
             padded = nn.functional.pad(own, (0, 0, 0, states_RSD.shape[1] - own.shape[1]))
             states_RSD = states_RSD.index_copy(0, rows.nonzero()[:, 0], padded)
         return states_RSD
+
+    def train(self, mode: bool = True) -> SpeechEncoder:
+        """As any module's; but a frozen model goes on without dropout."""
+        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
 
     def states(self, audio_RF: Tensor, length_R: Tensor | None) -> Tensor:
         return self.model(audio_RF, length_R)[0]
@@ -118,7 +125,9 @@ def make_speech_model(config: SpeechConfig) -> nn.Module:
     if config.name not in names:
         raise ConfigError(f"torchaudio has no speech model {config.name!r}{did_you_mean(config.name, names)}")
     try:
-        model = getattr(torchaudio.models, config.name)(**(config.arguments or {}))
+        make = getattr(torchaudio.models, config.name)
+        # A layer that is dropped on one rank alone would leave the others waiting for it.
+        model = make(**{"encoder_layer_drop": 0.0} | (config.arguments or {}))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"torchaudio's {config.name} cannot be made: {error}") from error
     model.aux = None  # predicts letters

@@ -39,6 +39,9 @@ class VideoConfig(EncoderConfig):
     def __post_init__(self):
         if min(self.frames, self.layers, self.heads) < 1:
             raise ConfigError("frames, layers and heads must be at least 1")
+        for name, default in (("init_from", ""), ("trainable", "all"), ("connector", None)):
+            if getattr(self.image, name) != default:
+                raise ConfigError(f"image.{name} belongs to the encoder of films itself, which has its frames read by it")
 
 
 @dataclass

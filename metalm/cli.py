@@ -142,6 +142,8 @@ def evaluate(
     generation = GenerationConfig(max_new_tokens, beams, length_penalty=length_penalty)
     predictor = Predictor.load(model, generation, batch_size, dtype)
     if task == "transcription":
+        if shots:
+            raise ConfigError("--shots is for vqa and captioning")
         from metalm.evaluation.transcription import evaluate_transcription
 
         report_result(evaluate_transcription(predictor, data, model, blind, limit), out)
@@ -219,7 +221,7 @@ def export(
     source, tokenizer = load_pretrained(model, torch.float32)
     if not isinstance(source, MetaLM):
         raise ConfigError(f"{model} holds the model {source.config.type!r}, which has no decoder")
-    family = save_decoder(source.decoder.state_dict(), source.config.decoder, out)
+    family = save_decoder(source.decoder.state_dict(), source.config.decoder, out, tokenizer.start, tokenizer.end)
     tokenizer.save(out)
     print(f"{out}: the decoder as a {family}")
 

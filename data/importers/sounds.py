@@ -131,9 +131,17 @@ def joined(
         for name, text in chosen:
             data = source.read(name)
             if data is not None:
-                waves += [silence, decode_audio(data, sample_rate)]
+                waves += [silence, decode(data, sample_rate, name)]
                 texts.append(text)
         if texts:
             yield Sample(
                 f"joined-{number:06d}", captions=[" ".join(texts)], audio=encode_wav(torch.cat(waves[1:]), sample_rate)
             )
+
+
+def decode(data: bytes, sample_rate: int, name: str) -> torch.Tensor:
+    """`decode_audio`, whose error names the file."""
+    try:
+        return decode_audio(data, sample_rate)
+    except DataError as error:
+        raise DataError(f"sound {name!r}: {error}") from error

@@ -31,6 +31,9 @@ def evaluate_transcription(predictor: Predictor, data: str, model: str = "", bli
     samples = [sample for sample in samples if sample.audio is not None and sample.captions]
     if not samples:
         raise DataError(f"{data}: no sample has both a sound and its text (see metalm data import sounds)")
+    for sample in samples:
+        if not plain(sample.captions[0]):
+            raise DataError(f"sample {sample.key!r}: its text {sample.captions[0]!r} has no word to be right or wrong")
     heard = [blank(sample) for sample in samples] if blind else samples
     prompts = [Document(caption_query(predictor.interface, sample), sample.key) for sample in heard]
     texts = predictor(prompts, "transcription, blind" if blind else "transcription")

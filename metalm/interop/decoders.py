@@ -124,25 +124,32 @@ ROTARY = {
     "qk_norm": False,
     "scaled": False,
 }
+GATES = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh"}
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 
 
 def read_llama(config: Any) -> dict:
-    """Rotation, head width and biases; a sliding window bounds the positions, for a text within it is read as without."""
+    """Rotation, head width and biases. A sliding window becomes `max_positions`: a text within it is read as without, and a
+    longer one is not what the model was made for."""
     rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise CheckpointError(f"{config.model_type}: rotary positions of the kind {kind!r} are not supported")
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    if activation not in ("silu", "gelu_pytorch_tanh", "gelu"):
+    activation = config.hidden_act
+    if config.model_type == "gemma":  # whose first files say "gelu" and mean its approximation
+        activation = getattr(config, "hidden_activation", None) or "gelu_pytorch_tanh"
+    if activation not in GATES:
         raise CheckpointError(f"{config.model_type}: the activation {activation!r} is not supported")
     if getattr(config, "mlp_bias", False) or (config.model_type != "qwen2" and getattr(config, "attention_bias", False)):
         raise CheckpointError(f"{config.model_type}: biases in its linear maps are not supported")
     scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if kind == "linear":
+        scaling = ("factor",)
     window = (
         config.sliding_window if getattr(config, "use_sliding_window", True) and hasattr(config, "sliding_window") else None
     )
     return {
+        "mlp": GATES[activation],
         "head_width": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         "rotary_base": rope["rope_theta"],
         "rotary_scaling": None if kind == "default" else {name: float(rope[name]) for name in scaling if rope.get(name)},
@@ -287,7 +294,8 @@ def to_ours(weights: Mapping[str, Tensor], family: Family, config: dict) -> dict
     for rule in expand(family.rules, config["layers"]):
         if all(name in weights for name in rule.theirs):
             tensors = [weights.pop(name) for name in rule.theirs]
-            ours[rule.ours] = torch.cat([t.T if rule.transposed else t for t in tensors]) + rule.offset
+            tensor = torch.cat([t.T if rule.transposed else t for t in tensors])
+            ours[rule.ours] = tensor.float() + rule.offset if rule.offset else tensor
     if weights:
         raise CheckpointError(f"tensors that our decoder has no place for: {', '.join(sorted(weights)[:5])}")
     return ours
@@ -336,8 +344,13 @@ def family_of(config: DecoderConfig) -> tuple[str, Family]:
     )
 
 
-def save_decoder(weights: Mapping[str, Tensor], config: DecoderConfig, folder: str | Path) -> str:
+def save_decoder(
+    weights: Mapping[str, Tensor], config: DecoderConfig, folder: str | Path, start: int | None = None, end: int | None = None
+) -> str:
     """Writes a decoder's state dict in Hugging Face's layout, as transformers loads it; returns the family's name.
+
+    Args:
+        start, end: the tokens that start a text and end a turn, at which `generate` stops.
 
     Raises:
         CheckpointError: no family has its choices.
@@ -349,6 +362,7 @@ def save_decoder(weights: Mapping[str, Tensor], config: DecoderConfig, folder: s
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {theirs: getattr(config, ours) for ours, theirs in family.sizes.items()}
     record = {"architectures": [family.architecture], "model_type": name, **sizes, **family.write(config)}
+    record |= {"bos_token_id": start, "eos_token_id": end}
     (folder / CONFIG).write_text(json.dumps(record, indent=1))
     save_file(to_theirs(weights, family, config), folder / WEIGHTS, metadata={"format": "pt"})
     return name

@@ -67,7 +67,7 @@ def add_adapters(model: nn.Module, config: AdaptersConfig) -> None:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         use_dora=config.dora,
-        target_modules=config.targets,
+        target_modules="|".join(map(re.escape, met)),
     )
     inject_adapter_in_model(lora, model)
     for name, parameter in model.named_parameters():

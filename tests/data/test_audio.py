@@ -82,6 +82,25 @@ def test_the_text_beside_a_sound_is_its_caption():
     assert list(sample_to_members(Sample("a", audio=encode(tone(0.1).numpy(), 8000, "OGG")))) == ["__key__", "ogg", "json"]
 
 
+def test_sounds_and_films_of_unknown_formats_are_refused():
+    aiff = encode(tone(0.1).numpy(), 8000, "AIFF")
+    for sample in (Sample("a", audio=aiff), Sample("a", video=aiff)):
+        with pytest.raises(DataError, match=r"'a': its (audio|video) is of no known format"):
+            sample_to_members(sample)
+
+
+def test_a_sound_that_breaks_off_is_no_surprise_to_the_model():
+    from metalm.config import build
+    from metalm.encoders import ENCODERS
+
+    whole = encode(tone(3.0).numpy(), 8000, "MP3")
+    values = {"type": "log_mel", "layers": 1, "width": 8, "heads": 1, "sample_rate": 8000}
+    processor = ENCODERS["log_mel"](build(ENCODERS["log_mel"].Config, values, "test")).processor
+    assert processor.load({"audio": whole})["samples"] == num_samples(whole, 8000)
+    with pytest.raises(DataError, match="breaks off"):
+        processor.load({"audio": whole[: len(whole) // 2]})
+
+
 @pytest.mark.parametrize(
     "data, extension",
     [

@@ -109,6 +109,16 @@ def test_checkpoints_in_several_files_load(tmp_path):
 
 
 @torch.no_grad()
+def test_gemmas_norms_are_not_rounded(tmp_path):
+    """Its files are bfloat16, which holds 1 + weight badly; transformers adds in float32."""
+    theirs = make_theirs("gemma").bfloat16()
+    theirs.save_pretrained(tmp_path)
+    family, values = read_config(tmp_path)
+    ours = to_ours(read_weights(tmp_path), family, values)
+    assert torch.equal(ours["transformer.norm.weight"], 1 + theirs.model.norm.weight.float())
+
+
+@torch.no_grad()
 def test_gpt2s_first_files_load(tmp_path):
     """Names without the prefix, and the causal mask among the weights."""
     theirs = make_theirs("gpt2")
@@ -131,6 +141,7 @@ def test_a_window_bounds_the_positions(tmp_path):
         ({"model_type": "opt"}, "is a 'opt'; our decoder reads llama, mistral"),
         ({"mlp_bias": True}, "biases in its linear maps are not supported"),
         ({"hidden_act": "relu"}, "the activation 'relu' is not supported"),
+        ({"hidden_act": "gelu"}, "the activation 'gelu' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "of the kind 'yarn' are not supported"),
     ],
 )
@@ -224,6 +235,7 @@ def test_a_run_starts_from_a_checkpoint_and_its_decoder_goes_back(name, tmp_path
         assert answer.exit_code == 0 and MODELS[name][0].lower() in answer.stdout, answer.output
         back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
         assert (back(tokens_BT).logits - theirs(tokens_BT).logits).abs().max() <= 1e-4
+    assert back.config.eos_token_id == tokenizer.end
 
 
 def test_only_a_decoder_starts_from_a_foreign_checkpoint(tmp_path):

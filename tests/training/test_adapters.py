@@ -63,6 +63,14 @@ def frozen(base: Path) -> list[str]:
     return [f"model.encoders.{name}.trainable=none" for name in encoders]
 
 
+def test_a_pattern_means_linear_maps_alone(tiny_yaml, base, tmp_path):
+    """The README's pattern also fits the names of dropouts."""
+    settings = [f"out={tmp_path / 'run'}", f"init_from={base}", "training.steps=1", *PLAIN]
+    train(load_run_config(tiny_yaml, [*settings, "training.adapters={targets: 'decoder.*(qkv|out|up|down)', rank: 2}"]))
+    names = load_file(tmp_path / "run/export/adapters.safetensors")
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in names} == {"qkv", "out", "up", "down"}
+
+
 def test_a_run_goes_on_from_adapters(tiny_yaml, base, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     tune(tiny_yaml, base, first)
