@@ -35,10 +35,16 @@ class Predictor:
         dtype: str = "float32",
         device: str = "",
     ) -> Predictor:
-        """From an export, a run, or a Hub id; `device` empty takes the GPU if there is one."""
+        """From an export, a run, or a Hub id; `device` empty takes the GPU if there is one.
+
+        Raises:
+            ConfigError: the model has no decoder to answer with.
+        """
         if dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype {dtype!r}: float32 or bfloat16")
         model, tokenizer = load_pretrained(name, getattr(torch, dtype))
+        if not isinstance(model, MetaLM):
+            raise ConfigError(f"{name} holds the model {model.config.type!r}, which has no decoder to answer with")
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         interface = Interface.of(model, tokenizer, model.config.decoder.max_positions)
         return cls(model, interface, generation, batch_size)

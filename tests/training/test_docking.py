@@ -12,6 +12,8 @@ import yaml
 from metalm.data.prompts import Interface
 from metalm.data.stream import PackedStream
 from metalm.errors import CheckpointError, ConfigError
+from metalm.evaluation.predictor import Predictor
+from metalm.inference.generate import GenerationConfig
 from metalm.nn.words import AdaptiveSoftmax
 from metalm.pretrained import load_pretrained
 from metalm.segments import Document, Text, make_batch
@@ -73,6 +75,11 @@ def test_mim_becomes_a_decoder_with_the_same_logits(sources, tmp_path):
     tokens = [tokenizer.start, *tokenizer.encode("the red dog")]
     batch = make_batch([[Document([Text(tokens)])]], {})
     assert torch.equal(docked.decoder.logits(docked.hidden(batch)), source.decoder.logits(source.hidden(batch)))
+
+
+def test_a_model_without_a_decoder_gives_no_answers(sources):
+    with pytest.raises(ConfigError, match="holds the model 'pmlm', which has no decoder to answer with"):
+        Predictor.load(sources["pmlm"], GenerationConfig())
 
 
 def test_mim_goes_on_with_synchronous_attention_and_still_docks(sources, tmp_path):
