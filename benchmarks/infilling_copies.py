@@ -74,10 +74,10 @@ def main() -> None:
         ("from both sides", InfillConfig(max_new_tokens=48, ngram=2)),
         ("left to right", InfillConfig(max_new_tokens=48, ngram=2, forward_only=True)),
     ):
-        found = []
+        found, middles = [], []
         for group in batched([hole for hole, _ in holes], 50):
             found += infill(model.eval(), [holes[n][0] for n in group], START, END, config)[0]
-        middles = [holes[n][1] for group in batched([hole for hole, _ in holes], 50) for n in group]
+            middles += [holes[n][1] for n in group]
         calls = sum(one.calls for one in found)
         right = sum(one.tokens == middle for one, middle in zip(found, middles)) / len(found)
         by_token = sum(len(middle) + 1 for middle in middles)

@@ -34,7 +34,7 @@ class Synchronous:
     """Attention to one's own side and, times `weight_BT`, to the other side; a `metalm.nn.transformer.Attends`.
 
     Attributes:
-        own, other: both over all keys. A position of weight 0 may see anything through `other`, but something.
+        own, other: both over all keys. A position of weight 0 may see anything through `other`, but one key at least.
         turn: rotary tables from a position to the one across at the same step; None where positions are not rotary.
     """
 
@@ -67,6 +67,11 @@ def synchronous(
         rotary: the tables of positions, `metalm.nn.transformer.Transformer.rotary`.
     """
     looks_BT = other_position_BT != PLAIN
-    mask = Mask(lambda b, h, q, k: ~looks_BT[b, q] | other(b, h, q, k), own.rows, own.queries, own.keys, own.device)
+
+    def across(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Who does not look sees one key, for its weight is 0: none would be no number, and all of them a dense block mask."""
+        return torch.where(looks_BT[b, q], other(b, h, q, k), k == 0)
+
+    mask = Mask(across, own.rows, own.queries, own.keys, own.device)
     turn_BT = torch.where(looks_BT, other_position_BT - position_BT, 0)
     return Synchronous(own, mask, weight * looks_BT, rotary(turn_BT))
