@@ -39,6 +39,9 @@ def sounds(
 ) -> Iterator[Sample]:
     """The samples of a JSON Lines file (or .gz): a sound, and its text as the caption.
 
+    They come in random order, drawn with `seed`: such lists tend to be sorted by what is heard, and a model that meets one word
+    after another learns which word is on, not what it sounds like.
+
     Args:
         annotations: the JSON Lines file.
         audio: folder or zip of the sounds; empty for the folder of the annotations.
@@ -59,6 +62,7 @@ def sounds(
         low, high = read_range(join)
         yield from joined(rows, source, same, low, high, int(count), float(gap), int(sample_rate), int(seed))
     else:
+        random.Random(int(seed)).shuffle(rows)
         for name, text, _ in rows:
             data = source.read(name)
             if data is not None:

@@ -133,12 +133,20 @@ def digits(tmp_path):
 
 
 def test_sounds_are_chosen_by_their_columns(digits):
-    everything = list(import_dataset("sounds", **digits))
-    assert [sample.captions for sample in everything] == [["zero"], ["one"], ["two"]] * 2
-    assert everything[1].key == "1_ann" and len(decode_audio(everything[1].audio, 8000)) == 1600
+    everything = {sample.key: sample for sample in import_dataset("sounds", **digits)}
+    assert {key: sample.captions for key, sample in everything.items()} == {
+        f"{digit}_{speaker}": [word] for speaker in ("ann", "bob") for digit, word in enumerate(("zero", "one", "two"))
+    }
+    assert len(decode_audio(everything["1_ann"].audio, 8000)) == 1600
     without = list(import_dataset("sounds", **digits, where="speaker!=ann, digit!=0"))
-    assert [sample.key for sample in without] == ["1_bob", "2_bob"]
+    assert sorted(sample.key for sample in without) == ["1_bob", "2_bob"]
     assert [s.key for s in import_dataset("sounds", **digits, where="speaker=ann,digit=2")] == ["2_ann"]
+
+
+def test_a_sorted_list_of_sounds_is_shuffled_the_same_way_each_time(digits):
+    orders = [[sample.key for sample in import_dataset("sounds", **digits, seed=seed)] for seed in ("0", "0", "1")]
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2])
+    assert all(order != sorted(order) for order in orders)
 
 
 def test_sounds_are_joined_to_sequences(digits):
