@@ -14,7 +14,7 @@ ENCODERS = Registry(
         "log_mel": "metalm.encoders.log_mel:LogMelEncoder",
         "speech": "metalm.encoders.speech:SpeechEncoder",
         "video": "metalm.encoders.video:VideoEncoder",
-        "timm": "metalm.encoders.image:TimmEncoder",
-        "open_clip": "metalm.encoders.image:OpenClipEncoder",
+        "timm": "metalm.encoders.timm_tower:TimmEncoder",
+        "open_clip": "metalm.encoders.open_clip_tower:OpenClipEncoder",
     },
 )

@@ -12,7 +12,7 @@ import metalm.configs
 from metalm.config import build, find_config, plugin, read_yaml, to_plain
 from metalm.connectors import CONNECTORS
 from metalm.connectors.perceiver import PerceiverConfig
-from metalm.encoders.image import TimmConfig
+from metalm.encoders.timm_tower import TimmConfig
 from metalm.errors import ConfigError
 from metalm.model import MetaLMConfig
 from metalm.nn.transformer import TransformerConfig

@@ -1,0 +1,60 @@
+"""Image towers of open_clip: their patch states, with the model's own preprocessing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from metalm.encoders.base import EncoderConfig
+from metalm.encoders.image import ImageProcessor, ImageTower
+from metalm.errors import ConfigError
+from metalm.registry import did_you_mean
+
+
+@dataclass(kw_only=True)
+class OpenClipConfig(EncoderConfig):
+    """`name` as in open_clip, e.g. `ViT-B-32`; `pretrained` a tag (`laion2b_s34b_b79k`), a checkpoint file, or empty."""
+
+    name: str
+    pretrained: str = ""
+    image_size: int = 0
+
+
+class OpenClipEncoder(ImageTower):
+    """The visual tower of an open_clip model: its patch states before pooling and projection."""
+
+    Config = OpenClipConfig
+
+    def __init__(self, config: OpenClipConfig):
+        super().__init__()
+        import open_clip
+
+        names = open_clip.list_models()
+        if config.name not in names:
+            raise ConfigError(f"open_clip has no model {config.name!r}{did_you_mean(config.name, names)}")
+        self.name = config.name
+        size = {"force_image_size": config.image_size} if config.image_size else {}
+        try:
+            visual = open_clip.create_model(
+                config.name, pretrained=config.pretrained or None, device=torch.get_default_device(), **size
+            ).visual
+        except (RuntimeError, OSError, ValueError) as error:
+            raise ConfigError(f"open_clip model {config.name!r} cannot be made: {error}") from error
+        if not isinstance(visual, open_clip.transformer.VisionTransformer):
+            raise ConfigError(f"open_clip tower {config.name!r} is no plain ViT; for timm towers use type: timm")
+        visual.output_tokens = True
+        visual.proj = None  # projects the pooled vector only, which is not used
+        self.model = visual
+        self.width = visual.conv1.out_channels
+        self.set_pixel_statistics(visual.preprocess_cfg["mean"], visual.preprocess_cfg["std"])
+        num_patches = visual.grid_size[0] * visual.grid_size[1]
+        self.processor = ImageProcessor(visual.image_size[0], num_patches, visual.preprocess_cfg["interpolation"])
+
+    def forward(self, pixels_N3HW: Tensor) -> Tensor:
+        return self.checked(self.model(self.normalize(pixels_N3HW))[1])
+
+    def layers(self) -> list[nn.Module]:
+        blocks = self.model.transformer.resblocks
+        return [*blocks[:-1], nn.ModuleList([blocks[-1], self.model.ln_post])]

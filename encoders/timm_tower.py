@@ -1,0 +1,145 @@
+"""Image towers of timm: a state a patch, or a place of the feature map, with the model's own preprocessing."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from metalm.encoders.base import EncoderConfig
+from metalm.encoders.image import ImageProcessor, ImageTower
+from metalm.errors import ConfigError
+from metalm.registry import did_you_mean
+
+
+@dataclass(kw_only=True)
+class TimmConfig(EncoderConfig):
+    """`name` as in timm, e.g. `vit_small_patch16_224.augreg_in21k`; `image_size` 0 is the model's own.
+
+    A convolutional network's states are the places of its last map of features: 7 x 7 of 224 x 224 pixels, or 14 x 14 with
+    `arguments: {output_stride: 16}`. `arguments` go to `timm.create_model` as they are (depth, embed_dim, drop_path_rate, …),
+    but for `checkpoint_path`: a file of weights, which may have a classifier, be of another image size, or of another layout
+    that timm knows.
+    """
+
+    name: str
+    pretrained: bool = False
+    image_size: int = 0
+    arguments: dict[str, int | float | bool | str] | None = None
+
+
+class TimmEncoder(ImageTower):
+    """Any timm model that gives patch states (ViT, DeiT, BEiT, EVA, …), without its class and register tokens, or a map of
+    features (ResNet, RegNet, ConvNeXt, EfficientNet, …)."""
+
+    Config = TimmConfig
+
+    def __init__(self, config: TimmConfig):
+        super().__init__()
+        import timm
+
+        self.name = config.name
+        architecture = config.name.split(".")[0]
+        if not set(":/") & set(config.name) and not timm.is_model(architecture):  # hf-hub:… and local-dir:… are others
+            raise ConfigError(f"timm has no model {architecture!r}{did_you_mean(architecture, timm.list_models())}")
+        arguments = dict(config.arguments or {})
+        checkpoint = arguments.pop("checkpoint_path", "")
+        self.model = make_timm_model(config, arguments)
+        if checkpoint:
+            load_timm_checkpoint(self.model, checkpoint)
+        # What pools the states has no part in this, and would count as trained.
+        self.model.reset_classifier(0, "")
+        data = timm.data.resolve_model_data_config(self.model)
+        size = config.image_size or data["input_size"][-1]
+        self.convolutional = not hasattr(self.model, "patch_embed")
+        if self.convolutional:
+            self.model.head = nn.Identity()
+            with torch.no_grad():
+                pixels = torch.zeros(1, 3, size, size, device="meta")
+                num_states = copy.deepcopy(self.model).to("meta").eval().forward_features(pixels)[0, 0].numel()
+        elif hasattr(self.model.patch_embed, "num_patches") and hasattr(self.model, "blocks"):
+            self.model.fc_norm = nn.Identity()
+            num_states = self.model.patch_embed.num_patches
+        else:
+            raise ConfigError(
+                f"timm model {config.name!r} gives no patch states; take a ViT, DeiT, BEiT or EVA, or a convolutional network"
+            )
+        self.width = self.model.num_features
+        self.skip = getattr(self.model, "num_prefix_tokens", 0)
+        self.set_pixel_statistics(data["mean"], data["std"])
+        self.processor = ImageProcessor(size, num_states, data["interpolation"])
+
+    def forward(self, pixels_N3HW: Tensor) -> Tensor:
+        x_N3HW = self.normalize(pixels_N3HW)
+        if not self.convolutional:
+            return self.checked(self.model.forward_features(x_N3HW)[:, self.skip :])
+        for norm in self.batch_norms():  # statistics must be in the weights' precision (under DeepSpeed they are not)
+            if norm.running_mean.dtype != x_N3HW.dtype:
+                norm.running_mean = norm.running_mean.to(x_N3HW.dtype)
+                norm.running_var = norm.running_var.to(x_N3HW.dtype)
+        # With the channels last, convolutions of few channels a group run half as fast again on a CPU.
+        features_NDHW = self.model.forward_features(x_N3HW.contiguous(memory_format=torch.channels_last))
+        return self.checked(features_NDHW.flatten(2).transpose(1, 2))
+
+    def batch_norms(self) -> list[nn.Module]:
+        return [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def train(self, mode: bool = True) -> TimmEncoder:
+        """As any module's; but frozen batch norms go on normalising by what they have learned."""
+        super().train(mode)
+        for norm in self.batch_norms():
+            if not norm.weight.requires_grad:
+                norm.eval()
+        return self
+
+    def layers(self) -> list[nn.Module]:
+        if self.convolutional:
+            return [self.model.get_submodule(stage["module"]) for stage in self.model.feature_info]
+        blocks = self.model.blocks
+        return [*blocks[:-1], nn.ModuleList([blocks[-1], self.model.norm])]
+
+
+def make_timm_model(config: TimmConfig, arguments: dict) -> nn.Module:
+    """Raises `ConfigError` where timm cannot make it so."""
+    import timm
+
+    sized = arguments | ({"img_size": config.image_size} if config.image_size else {})
+    try:
+        try:
+            return timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **sized)
+        except TypeError as error:
+            if sized == arguments or "img_size" not in str(error):
+                raise
+        # Only a model of patches is made for a size.
+        return timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **arguments)
+    except TypeError as error:
+        raise ConfigError(f"timm model {config.name!r} does not take these arguments: {error}") from error
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        reason = str(error) or f"{type(error).__name__}, {sized}"
+        raise ConfigError(f"timm model {config.name!r} cannot be made: {reason}") from error
+
+
+def load_timm_checkpoint(model: nn.Module, path: str) -> None:
+    """Fills a timm model from a file; a classifier in it is left out.
+
+    Raises:
+        ConfigError: the file cannot be read, or its weights are not those of this model.
+    """
+    from timm.models import load_state_dict
+
+    try:
+        weights = load_state_dict(path)
+        module = sys.modules[type(model).__module__]
+        if hasattr(module, "checkpoint_filter_fn"):
+            weights = module.checkpoint_filter_fn(weights, model)
+        missing, left = model.load_state_dict(weights, strict=False)
+    except Exception as error:  # of torch, safetensors, pickle or timm
+        raise ConfigError(f"checkpoint {path!r} cannot be loaded ({type(error).__name__}: {error})") from error
+    left = [name for name in left if not name.startswith("head")]
+    if missing or left:
+        problems = [f"lacks {name}" for name in missing] + [f"has {name}, which the model has not" for name in left]
+        more = f", and {len(problems) - 3} more such" if len(problems) > 3 else ""
+        raise ConfigError(f"checkpoint {path!r} is of another model: it {'; it '.join(problems[:3])}{more}")
