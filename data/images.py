@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,42 +19,74 @@ from metalm.errors import DataError
 def decode_image(encoded: bytes, size: int, interpolation: str = "bicubic", view: View | None = None) -> Tensor:
     """An encoded picture, or a `view` of it, as uint8 [3, size, size], squashed to the square so that nothing is cut off.
 
+    Raises:
+        DataError: the bytes are no picture, or the picture is truncated.
+    """
+    least = size if view is None else math.ceil(size / min(view.right - view.left, view.bottom - view.top))
+    return fit_picture(read_picture(encoded, least), size, size, interpolation, view)
+
+
+def read_picture(encoded: bytes, least: int):
+    """An encoded picture as an upright Pillow picture in RGB.
+
     The camera's orientation mark (EXIF) is obeyed, 16-bit greys are brought to 8 bits, transparency is dropped.
-    JPEGs are decoded at the smallest scale (1/1, 1/2, 1/4, 1/8) that still exceeds `size`.
+    JPEGs are decoded at the smallest scale (1/1, 1/2, 1/4, 1/8) at which both sides still have `least` pixels.
 
     Raises:
         DataError: the bytes are no picture, or the picture is truncated.
     """
+    from PIL import Image
+
+    with picture_errors(), Image.open(io.BytesIO(encoded)) as image:
+        image.draft("RGB", (least, least))
+        image.load()  # before the mark is looked for, which would hide the error of a truncated PNG
+        turn = _turn(image)
+        if image.mode.startswith("I;16"):  # Pillow's own conversion would clip these to white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        picture = image.convert("RGB")
+        return picture if turn is None else picture.transpose(turn)
+
+
+def picture_size(encoded: bytes, view: View | None = None) -> tuple[float, float]:
+    """Width and height in pixels of an upright picture, or of a `view` of it; of a JPEG without decoding it.
+
+    Raises:
+        DataError: the bytes are no picture.
+    """
+    from PIL import Image
+    from PIL.Image import Transpose
+
+    with picture_errors(), Image.open(io.BytesIO(encoded)) as image:
+        width, height = image.size
+        if _turn(image) in (Transpose.ROTATE_90, Transpose.ROTATE_270, Transpose.TRANSPOSE, Transpose.TRANSVERSE):
+            width, height = height, width
+    if view is not None:
+        return width * (view.right - view.left), height * (view.bottom - view.top)
+    return width, height
+
+
+@contextmanager
+def picture_errors() -> Iterator[None]:
+    """Whatever Pillow says of a broken picture, as a `DataError`."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            needed = size if view is None else math.ceil(size / min(view.right - view.left, view.bottom - view.top))
-            image.draft("RGB", (needed, needed))
-            image.load()  # before the mark is looked for, which would hide the error of a truncated PNG
-            turn = _turn(image)
-            if image.mode.startswith("I;16"):  # Pillow's own conversion would clip these to white
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            picture = image.convert("RGB")
-        if turn is not None:
-            picture = picture.transpose(turn)
-        return fit_square(picture, size, interpolation, view)
+        yield
     except UnidentifiedImageError as error:  # whose text is the address of a buffer
         raise DataError("not a complete picture (no known format)") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"not a complete picture ({error})") from error
 
 
-def fit_square(picture, size: int, interpolation: str = "bicubic", view: View | None = None) -> Tensor:
-    """A Pillow picture in RGB, or a `view` of it, as uint8 [3, size, size], squashed to the square."""
+def fit_picture(picture, width: int, height: int, interpolation: str = "bicubic", view: View | None = None) -> Tensor:
+    """A Pillow picture in RGB, or a `view` of it, as uint8 [3, height, width], squashed to that size."""
     from PIL import Image
 
-    width, height = picture.size
-    box = (0, 0, width, height)
+    box = (0, 0, *picture.size)
     if view is not None:
-        box = (view.left * width, view.top * height, view.right * width, view.bottom * height)
-    if box != (0, 0, size, size):
-        picture = picture.resize((size, size), getattr(Image.Resampling, interpolation.upper()), box)
+        box = tuple(share * side for share, side in zip((view.left, view.top, view.right, view.bottom), 2 * picture.size))
+    if picture.size != (width, height) or box != (0, 0, width, height):
+        picture = picture.resize((width, height), getattr(Image.Resampling, interpolation.upper()), box)
     if view is not None and view.mirrored:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).contiguous()

@@ -15,6 +15,7 @@ ENCODERS = Registry(
         "speech": "metalm.encoders.speech:SpeechEncoder",
         "video": "metalm.encoders.video:VideoEncoder",
         "timm": "metalm.encoders.timm_tower:TimmEncoder",
+        "naflex": "metalm.encoders.naflex:NaFlexEncoder",
         "open_clip": "metalm.encoders.open_clip_tower:OpenClipEncoder",
     },
 )

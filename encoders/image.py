@@ -3,37 +3,98 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from metalm.data.images import decode_image
-from metalm.encoders.base import Collated, Encoder, Processor
+from metalm.data.images import decode_image, picture_size
+from metalm.data.tiles import decode_tiles, tile_grid
+from metalm.encoders.base import Collated, Encoder, EncoderConfig, Processor
 from metalm.errors import ConfigError
 
 
 @dataclass
 class ImageProcessor(Processor):
-    """Decodes to the tower's input size; a picture is one row of states."""
+    """Decodes to the tower's input size; a picture is one row of states or, with `tiles` above 1, one for the whole and one a
+    tile where the picture is larger than the input."""
 
     image_size: int
     num_patches: int
     interpolation: str
+    tiles: int = 1
     reads = frozenset({"image"})
 
+    def grid(self, inputs: dict) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        return tile_grid(*picture_size(inputs["image"], inputs.get("view")), self.image_size, self.tiles)
+
     def num_states(self, inputs: dict) -> int:
-        return self.num_patches
+        if self.tiles == 1:
+            return self.num_patches
+        if isinstance(inputs["image"], Tensor):  # loaded
+            return self.num_patches * len(self.squares(inputs))
+        tiles = math.prod(self.grid(inputs))
+        return self.num_patches * (1 if tiles == 1 else 1 + tiles)
+
+    def squares(self, inputs: dict) -> Tensor:
+        """A loaded picture and its tiles, [1 + tiles, 3, size, size]."""
+        return inputs["image"].view(-1, 3, self.image_size, self.image_size)
 
     def load(self, inputs: dict) -> dict:
-        return {"image": decode_image(inputs["image"], self.image_size, self.interpolation, inputs.get("view"))}
+        grid, view = (1, 1) if self.tiles == 1 else self.grid(inputs), inputs.get("view")
+        if grid == (1, 1):
+            return {"image": decode_image(inputs["image"], self.image_size, self.interpolation, view)}
+        return {"image": decode_tiles(inputs["image"], self.image_size, grid, self.interpolation, view)}
 
     def collate(self, loaded: list[dict]) -> Collated:
-        pixels = torch.stack([inputs["image"] for inputs in loaded])
-        return Collated({"pixels_N3HW": pixels}, torch.arange(len(loaded) * self.num_patches))
+        pixels = torch.cat([self.squares(inputs) for inputs in loaded])
+        return Collated({"pixels_N3HW": pixels}, torch.arange(len(pixels) * self.num_patches))
 
     def blank(self) -> dict:
         return {"image": one_pixel_png()}
+
+
+SQUARE = ("pixel_shuffle", "convolution")  # connectors that read a picture's states as a square
+
+
+@dataclass(kw_only=True)
+class TowerConfig(EncoderConfig):
+    """What the towers of both libraries can do.
+
+    Attributes:
+        image_size: 0 is the model's own; position embeddings are resized to another.
+        layer: whose states are read: -1 is the last, with the norm after it; -2 the one before, which LLaVA reads of CLIP. What
+            comes after is left out of the model.
+        tiles: so many at most, beside the picture as a whole, where it is larger than `image_size`: a picture takes up to
+            1 + `tiles` times the positions.
+        activation_checkpointing: layers are run again in the backward pass instead of being remembered.
+    """
+
+    name: str
+    image_size: int = 0
+    layer: int = -1
+    tiles: int = 1
+    activation_checkpointing: bool = False
+
+    def __post_init__(self):
+        if self.layer >= 0:
+            raise ConfigError(f"layer {self.layer} is counted from the end: -1 is the last, -2 the one before")
+        if self.tiles < 1:
+            raise ConfigError(f"tiles is {self.tiles}, it must be at least 1")
+        if self.tiles > 1 and getattr(self.connector, "type", "") in SQUARE:
+            raise ConfigError(f"connector {self.connector.type} reads a square of states, which a picture in tiles has not")
+
+    def keep(self, blocks: nn.ModuleList) -> nn.ModuleList:
+        """The blocks up to `layer`.
+
+        Raises:
+            ConfigError: there are not so many.
+        """
+        if -self.layer > len(blocks):
+            raise ConfigError(f"layer {self.layer}: {self.name!r} has {len(blocks)} layers")
+        return blocks[: len(blocks) + 1 + self.layer]
 
 
 class ImageTower(Encoder):

@@ -7,19 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from metalm.encoders.base import EncoderConfig
-from metalm.encoders.image import ImageProcessor, ImageTower
+from metalm.encoders.image import ImageProcessor, ImageTower, TowerConfig
 from metalm.errors import ConfigError
 from metalm.registry import did_you_mean
 
 
 @dataclass(kw_only=True)
-class OpenClipConfig(EncoderConfig):
-    """`name` as in open_clip, e.g. `ViT-B-32`; `pretrained` a tag (`laion2b_s34b_b79k`), a checkpoint file, or empty."""
+class OpenClipConfig(TowerConfig):
+    """`name` as in open_clip, e.g. `ViT-B-32`; `pretrained` a tag (`laion2b_s34b_b79k`), a checkpoint file, or empty.
 
-    name: str
+    As a type, `open_clip:ViT-B-32/laion2b_s34b_b79k` is both.
+    """
+
     pretrained: str = ""
-    image_size: int = 0
+
+    @staticmethod
+    def from_spec(spec: str) -> dict:
+        name, _, pretrained = spec.partition("/")
+        return {"name": name, "pretrained": pretrained}
 
 
 class OpenClipEncoder(ImageTower):
@@ -46,11 +51,16 @@ class OpenClipEncoder(ImageTower):
             raise ConfigError(f"open_clip tower {config.name!r} is no plain ViT; for timm towers use type: timm")
         visual.output_tokens = True
         visual.proj = None  # projects the pooled vector only, which is not used
+        if config.layer != -1:
+            visual.transformer.resblocks, visual.ln_post = config.keep(visual.transformer.resblocks), nn.Identity()
+        if config.activation_checkpointing:
+            visual.set_grad_checkpointing()
         self.model = visual
         self.width = visual.conv1.out_channels
         self.set_pixel_statistics(visual.preprocess_cfg["mean"], visual.preprocess_cfg["std"])
         num_patches = visual.grid_size[0] * visual.grid_size[1]
-        self.processor = ImageProcessor(visual.image_size[0], num_patches, visual.preprocess_cfg["interpolation"])
+        interpolation = visual.preprocess_cfg["interpolation"]
+        self.processor = ImageProcessor(visual.image_size[0], num_patches, interpolation, config.tiles)
 
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
         return self.checked(self.model(self.normalize(pixels_N3HW))[1])

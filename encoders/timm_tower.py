@@ -9,15 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from metalm.encoders.base import EncoderConfig
-from metalm.encoders.image import ImageProcessor, ImageTower
+from metalm.encoders.image import ImageProcessor, ImageTower, TowerConfig
 from metalm.errors import ConfigError
 from metalm.registry import did_you_mean
 
 
 @dataclass(kw_only=True)
-class TimmConfig(EncoderConfig):
-    """`name` as in timm, e.g. `vit_small_patch16_224.augreg_in21k`; `image_size` 0 is the model's own.
+class TimmConfig(TowerConfig):
+    """`name` as in timm, e.g. `vit_small_patch16_224.augreg_in21k`; as a type, `timm:NAME` is that with its weights.
 
     A convolutional network's states are the places of its last map of features: 7 x 7 of 224 x 224 pixels, or 14 x 14 with
     `arguments: {output_stride: 16}`. `arguments` go to `timm.create_model` as they are (depth, embed_dim, drop_path_rate, …),
@@ -25,10 +24,12 @@ class TimmConfig(EncoderConfig):
     that timm knows.
     """
 
-    name: str
     pretrained: bool = False
-    image_size: int = 0
     arguments: dict[str, int | float | bool | str] | None = None
+
+    @staticmethod
+    def from_spec(spec: str) -> dict:
+        return {"name": spec, "pretrained": True}
 
 
 class TimmEncoder(ImageTower):
@@ -56,21 +57,27 @@ class TimmEncoder(ImageTower):
         size = config.image_size or data["input_size"][-1]
         self.convolutional = not hasattr(self.model, "patch_embed")
         if self.convolutional:
+            if config.layer != -1:
+                raise ConfigError(f"layer {config.layer}: of a convolutional network, {config.name!r}, the last map is read")
             self.model.head = nn.Identity()
             with torch.no_grad():
                 pixels = torch.zeros(1, 3, size, size, device="meta")
                 num_states = copy.deepcopy(self.model).to("meta").eval().forward_features(pixels)[0, 0].numel()
         elif hasattr(self.model.patch_embed, "num_patches") and hasattr(self.model, "blocks"):
             self.model.fc_norm = nn.Identity()
+            if config.layer != -1:
+                self.model.blocks, self.model.norm = config.keep(self.model.blocks), nn.Identity()
             num_states = self.model.patch_embed.num_patches
         else:
             raise ConfigError(
                 f"timm model {config.name!r} gives no patch states; take a ViT, DeiT, BEiT or EVA, or a convolutional network"
             )
+        if config.activation_checkpointing:
+            self.model.set_grad_checkpointing()
         self.width = self.model.num_features
         self.skip = getattr(self.model, "num_prefix_tokens", 0)
         self.set_pixel_statistics(data["mean"], data["std"])
-        self.processor = ImageProcessor(size, num_states, data["interpolation"])
+        self.processor = ImageProcessor(size, num_states, data["interpolation"], config.tiles)
 
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
         x_N3HW = self.normalize(pixels_N3HW)

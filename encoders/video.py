@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from metalm.config import plugin
-from metalm.data.images import fit_square
+from metalm.data.images import fit_picture
 from metalm.data.video import decode_frames
 from metalm.encoders import ENCODERS
 from metalm.encoders.base import Collated, Encoder, EncoderConfig, Processor
@@ -58,7 +58,8 @@ class VideoProcessor(Processor):
 
     def load(self, inputs: dict) -> dict:
         pictures = decode_frames(inputs["video"], self.frames)
-        fit = [fit_square(one, self.image.image_size, self.image.interpolation, inputs.get("view")) for one in pictures]
+        size = self.image.image_size
+        fit = [fit_picture(one, size, size, self.image.interpolation, inputs.get("view")) for one in pictures]
         return {"video": torch.stack(fit)}
 
     def collate(self, loaded: list[dict]) -> Collated:
@@ -77,7 +78,9 @@ class VideoEncoder(Encoder):
         self.image = ENCODERS[config.image.type](config.image)
         images = self.image.processor
         if not isinstance(images, ImageProcessor):
-            raise ConfigError(f"video.image: type {config.image.type!r} is no encoder of images alone")
+            raise ConfigError(f"video.image: type {config.image.type!r} is no encoder of images of one size")
+        if images.tiles > 1:
+            raise ConfigError("video.image: frames are read whole, without tiles")
         self.frames, self.pool = config.frames, config.pool == "frame"
         self.width = self.image.width
         shape = TransformerConfig(config.layers, self.width, config.heads, positions="learned", max_positions=config.frames)

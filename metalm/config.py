@@ -133,13 +133,21 @@ def _plugins(registry: Registry, value: Any, where: str, key: str) -> dict[str, 
 
 
 def build_plugin(registry: Registry, value: Any, where: str, key: str) -> Any:
-    """The `Config` of the class that the key `type` of `value` picks from the registry."""
+    """The `Config` of the class that the key `type` of `value` picks from the registry.
+
+    `TYPE:SPEC` stands for several keys at once, as the class's `Config.from_spec` has it: `timm:vit_base_patch16_224`.
+    """
     if not isinstance(value, dict) or not (registry.default or "type" in value):
         raise ConfigError(f"{where}: {key} needs a key 'type', one of: {', '.join(registry.names())}")
+    name, colon, spec = str(value.get("type", registry.default)).partition(":")
     try:
-        cls = registry[str(value.get("type", registry.default))]
+        cls = registry[name]
     except ConfigError as error:
         raise ConfigError(f"{where}: {key}.type: {error}") from error
+    if colon:
+        if not hasattr(cls.Config, "from_spec"):
+            raise ConfigError(f"{where}: {key}.type: {name!r} takes nothing after a colon, not {spec!r}")
+        value = cls.Config.from_spec(spec) | value | {"type": name}
     return build(cls.Config, value, where, key)
 
 

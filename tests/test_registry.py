@@ -32,7 +32,7 @@ def test_a_near_miss_is_corrected():
 
 
 def test_a_far_miss_lists_what_there_is():
-    with pytest.raises(ConfigError, match="no encoder is called 'xyz'; there are: causal, fused, log_mel, open_clip, speech"):
+    with pytest.raises(ConfigError, match="no encoder is called 'xyz'; there are: causal, fused, log_mel, naflex, open_clip"):
         ENCODERS["xyz"]
 
 

@@ -54,6 +54,19 @@ CONFIGS = {
     },
     "timm ResNet": {"type": "timm", "name": "resnet10t", "image_size": 64, "arguments": {"output_stride": 16}},
     "timm ConvNeXt": {"type": "timm", "name": "convnext_atto", "image_size": 70},
+    "timm ViT, the layer before the last, tiles": {
+        **VIT,
+        "arguments": {"depth": 4, "embed_dim": 24},
+        "layer": -2,
+        "tiles": 4,
+        "activation_checkpointing": True,
+    },
+    "naflex": {
+        "type": "naflex",
+        "name": "naflexvit_base_patch16_gap",
+        "max_patches": 9,
+        "arguments": {"depth": 3, "embed_dim": 24, "num_heads": 2},
+    },
     "open_clip": CLIP,
     "video": {
         "type": "video",
@@ -102,7 +115,7 @@ def some_inputs(encoder: Encoder) -> list[dict]:
     if "text" in encoder.processor.reads:
         inputs += [{"tokens": [1, 2, 3]}, {"tokens": [4]}]
     if "image" in encoder.processor.reads:
-        inputs += [{"image": noise(0)}, {"image": noise(1)}]
+        inputs += [{"image": noise(0)}, {"image": noise(1, (20, 30))}]
     if "video" in encoder.processor.reads:
         inputs += [{"video": black_film()}, {"video": black_film()}]
     if "audio" in encoder.processor.reads:

@@ -127,7 +127,7 @@ def test_a_model_tells_which_way_the_bar_goes():
 
 
 def test_only_encoders_of_images_read_frames():
-    with pytest.raises(ConfigError, match="'text' is no encoder of images alone"):
+    with pytest.raises(ConfigError, match="'text' is no encoder of images of one size"):
         make(VIDEO | {"image": {"type": "text", "layers": 1, "width": 16, "heads": 2, "vocab_size": 9}})
     with pytest.raises(ConfigError, match=r"image\.init_from belongs to the encoder of films itself"):
         make(VIDEO | {"image": VIT | {"init_from": "runs/photos"}})

@@ -1,0 +1,188 @@
+"""What towers of timm and open_clip can do: a layer before the last, tiles, recomputed activations, one name for all."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+
+from metalm.config import build
+from metalm.data.prompts import Interface
+from metalm.data.views import View
+from metalm.encoders import ENCODERS
+from metalm.encoders.naflex import NaFlexConfig
+from metalm.encoders.open_clip_tower import OpenClipConfig
+from metalm.encoders.timm_tower import TimmConfig
+from metalm.errors import ConfigError
+from metalm.model import MetaLM, MetaLMConfig
+from metalm.segments import Document, Text, load_spans, make_batch
+
+VIT = {"type": "timm", "name": "vit_tiny_patch16_224", "image_size": 32, "arguments": {"depth": 3, "embed_dim": 24}}
+CLIP = {"type": "open_clip", "name": "ViT-S-32-alt", "image_size": 64}
+RESNET = {"type": "timm", "name": "resnet10t", "image_size": 64}
+NAFLEX = {
+    "type": "naflex",
+    "name": "naflexvit_base_patch16_gap",
+    "arguments": {"depth": 2, "embed_dim": 24, "num_heads": 2},
+}
+
+
+def make(values: dict, **changed):
+    torch.manual_seed(0)
+    cls = ENCODERS[values["type"]]
+    return cls(build(cls.Config, values | changed, "test")).eval()
+
+
+def picture(width: int, height: int, seed: int = 0) -> bytes:
+    pixels = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def read(encoder, *pictures: bytes, **inputs) -> Tensor:
+    """States of all pictures, one after another."""
+    processor = encoder.processor
+    collated = processor.collate([processor.load({"image": one, **inputs}) for one in pictures])
+    return encoder(**collated.inputs).flatten(0, 1)[collated.source]
+
+
+@pytest.mark.parametrize("values, block", [(VIT, "blocks.1"), (CLIP, "transformer.resblocks.10")])
+def test_a_layer_before_the_last_is_read_without_the_norm(values, block):
+    whole, cut = make(values), make(values, layer=-2)
+    seen = []
+    whole.model.get_submodule(block).register_forward_hook(lambda module, inputs, out: seen.append(out))
+    with torch.no_grad():
+        read(whole, picture(32, 32))
+        states = read(cut, picture(32, 32))
+    torch.testing.assert_close(states, seen[0][0, 1:])
+    assert len(cut.layers()) == len(whole.layers()) - 1
+    names = {name for name, _ in cut.named_parameters()}
+    assert not any(name.startswith(("model.norm.", "model.ln_post.")) for name in names)
+
+
+@pytest.mark.parametrize("values", [VIT, CLIP, RESNET, NAFLEX])
+def test_recomputed_activations_give_the_same_gradients(values):
+    plain, again = make(values), make(values, activation_checkpointing=True)
+    again.load_state_dict(plain.state_dict())
+    calls = {plain: 0, again: 0}
+    for encoder in calls:
+        layer = encoder.layers()[1]
+        first = next(module for module in layer.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.LayerNorm))
+
+        def count(module, inputs, out, encoder=encoder):
+            calls[encoder] += 1
+
+        first.register_forward_hook(count)
+        read(encoder.train(), picture(64, 48), picture(32, 32, seed=1)).square().sum().backward()
+    assert calls == {plain: 1, again: 2}
+    for (name, one), (_, other) in zip(plain.named_parameters(), again.named_parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_tiles_are_pictures_of_their_own():
+    plain, tiled = make(VIT), make(VIT, tiles=4)
+    large, small = picture(64, 32), picture(20, 20, seed=1)
+    assert [tiled.processor.num_states({"image": one}) for one in (large, small)] == [12, 4]
+    with Image.open(io.BytesIO(large)) as image:
+        halves = []
+        for left in (0, 32):
+            out = io.BytesIO()
+            image.crop((left, 0, left + 32, 32)).save(out, "PNG")
+            halves.append(out.getvalue())
+    with torch.no_grad():
+        torch.testing.assert_close(read(tiled, small, large), read(plain, small, large, *halves))
+
+
+def test_a_model_docks_pictures_of_different_numbers_of_tiles():
+    torch.manual_seed(0)
+    values = {
+        "decoder": {"layers": 1, "width": 16, "heads": 2, "vocab_size": 20},
+        "encoders": {"eye": VIT | {"tiles": 4, "connector": {"type": "linear"}}},
+    }
+    model = MetaLM(build(MetaLMConfig, values, "test")).eval()
+    interface = Interface(None, model.processors, {"eye": model.config.encoders["eye"].connector}, 64)
+    documents = [
+        load_spans(Document([interface.span("eye", {"image": picture(*size)}), Text([1, 2, 3])]), model.processors)
+        for size in ((20, 20), (64, 64), (32, 64))
+    ]
+    assert [len(document) for document in documents] == [4 + 3, 20 + 3, 12 + 3]
+    with torch.no_grad():
+        together = model(make_batch([documents], model.processors))
+        alone = [model(make_batch([[document]], model.processors)) for document in documents]
+    torch.testing.assert_close(together, sum(alone))
+
+
+def test_naflex_states_are_timms_padded_or_not():
+    encoder = make(NAFLEX, max_patches=12)
+    wide, small = picture(96, 40), picture(20, 17, seed=1)
+    assert encoder.processor.size({"image": wide}) == (32, 80)  # 2 x 5 patches: 3 x 6 would be too many
+    assert encoder.processor.num_states({"image": small}) == 4
+    model = encoder.model
+    data = timm.data.resolve_model_data_config(model)
+
+    def theirs(encoded: bytes, height: int, width: int) -> Tensor:
+        with Image.open(io.BytesIO(encoded)) as image:
+            pixels = torch.from_numpy(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).copy())
+        pixels = (pixels / 255 - torch.tensor(data["mean"])) / torch.tensor(data["std"])
+        patches = pixels.view(height // 16, 16, width // 16, 16, 3).transpose(1, 2).reshape(1, -1, 768)
+        rows, columns = torch.meshgrid(torch.arange(height // 16), torch.arange(width // 16), indexing="ij")
+        places = torch.stack([rows.flatten(), columns.flatten()], dim=1)[None]
+        states = model.forward_features(patches, places, torch.ones(1, patches.shape[1], dtype=torch.bool))["patches"]
+        return states[0, model.num_prefix_tokens :]
+
+    with torch.no_grad():
+        expected = torch.cat([theirs(wide, 32, 80), theirs(small, 32, 32)])
+        torch.testing.assert_close(read(encoder, wide, small), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_naflex_reads_a_view_in_its_own_shape():
+    encoder = make(NAFLEX)
+    assert encoder.processor.num_states({"image": picture(64, 64), "view": View(0, 0, 1, 0.5)}) == 4 * 2
+    with torch.no_grad():
+        assert len(read(encoder, picture(64, 64), view=View(0, 0, 1, 0.5, mirrored=True))) == 8
+
+
+def test_one_name_stands_for_a_pretrained_tower():
+    connector = {"type": "linear"}
+
+    def config(spec: str, **keys):
+        values = {"decoder": {"layers": 1, "width": 8, "heads": 1}, "encoders": {"eye": {"type": spec, **keys}}}
+        return build(MetaLMConfig, values, "test").encoders["eye"]
+
+    eye = config("timm:vit_small_patch16_224.augreg_in21k", connector=connector, trainable=2)
+    assert isinstance(eye, TimmConfig) and eye.type == "timm" and eye.trainable == 2
+    assert (eye.name, eye.pretrained) == ("vit_small_patch16_224.augreg_in21k", True)
+    eye = config("open_clip:ViT-B-32/laion2b_s34b_b79k", connector=connector)
+    assert isinstance(eye, OpenClipConfig) and (eye.name, eye.pretrained) == ("ViT-B-32", "laion2b_s34b_b79k")
+    assert config("open_clip:ViT-B-32", connector=connector).pretrained == ""
+    assert not config("timm:resnet10t", connector=connector, pretrained=False).pretrained
+    assert isinstance(config("naflex:naflexvit_base_patch16_gap", connector=connector), NaFlexConfig)
+    with pytest.raises(ConfigError, match="'vit' takes nothing after a colon, not 'b16'"):
+        config("vit:b16", connector=connector)
+    with pytest.raises(ConfigError, match="no encoder is called 'tim'; did you mean 'timm'"):
+        config("tim:resnet10t", connector=connector)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (VIT | {"layer": 1}, "layer 1 is counted from the end"),
+        (VIT | {"layer": -4}, "layer -4: 'vit_tiny_patch16_224' has 3 layers"),
+        (RESNET | {"layer": -2}, "of a convolutional network, 'resnet10t', the last map is read"),
+        (VIT | {"tiles": 0}, "tiles is 0"),
+        (VIT | {"tiles": 2, "connector": {"type": "pixel_shuffle"}}, "pixel_shuffle reads a square of states"),
+        (NAFLEX | {"connector": {"type": "convolution"}}, "convolution reads a square of states"),
+        (NAFLEX | {"name": "naflexvit_bas_patch16_gap"}, "did you mean 'naflexvit_base_patch16_gap'"),
+        (NAFLEX | {"max_patches": 0}, "max_patches is 0"),
+        (NAFLEX | {"arguments": {"embed_dimm": 3}}, "cannot be made"),
+    ],
+)
+def test_what_cannot_be_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        make(values)
