@@ -14,9 +14,10 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -35,7 +36,8 @@ from metalm.segments import Batch, Document, Span, map_inputs
 class SourceConfig:
     """One part of the mixture: shards, the task that lays them out, and how often it is drawn.
 
-    `objective` is for the task `text` alone, which cannot do without unless the model itself is a way of learning texts;
+    `weight` may have a schedule, [[step, weight], …], with straight lines between; `loss_weight` is that of its targets in the
+    loss. `objective` is for the task `text` alone, which cannot do without unless the model itself is a way of learning texts;
     `captions` of an image are learned at each visit, by the tasks `image_text` and `captioning`; `prefix` is how often the task
     `image_text` gives a caption's beginning to the encoder, as the paper always does: what is said first, the subject, is
     otherwise seldom predicted from the image alone. `crop` below 1 shows a part of the image, drawn anew at each visit, of at
@@ -45,7 +47,8 @@ class SourceConfig:
 
     shards: str | list[str]
     task: str
-    weight: float = 1.0
+    weight: float | list[list[float]] = 1.0
+    loss_weight: float = 1.0
     captions: int = 1
     prefix: float = 1.0
     crop: float = 1.0
@@ -58,8 +61,7 @@ class SourceConfig:
             from metalm.registry import did_you_mean
 
             raise ConfigError(f"no task is called {self.task!r}{did_you_mean(self.task, list(TASKS))}")
-        if self.weight <= 0:
-            raise ConfigError(f"weight {self.weight} must be positive")
+        self.check_weights()
         if self.captions < 1 or (self.captions > 1 and self.task not in ("image_text", "captioning")):
             raise ConfigError(f"captions {self.captions} must be at least 1, and 1 for tasks but image_text and captioning")
         if not 0 <= self.prefix <= 1 or (self.prefix < 1 and self.task != "image_text"):
@@ -70,6 +72,22 @@ class SourceConfig:
             raise ConfigError(f"perturb {self.perturb} is the most by which a sound is changed, from 0 to below 1")
         if self.task != "text" and self.objective is not None:
             raise ConfigError(f"the task {self.task!r} takes no objective")
+
+    def check_weights(self) -> None:
+        points = self.weight if isinstance(self.weight, list) else [[0, self.weight]]
+        if not points or any(len(point) != 2 for point in points):
+            raise ConfigError(f"weight {self.weight} is neither a number nor a list of [step, weight]")
+        steps, weights = zip(*points)
+        if list(steps) != sorted(set(steps)) or min(weights) < 0 or max(weights) == 0:
+            raise ConfigError(f"weight {self.weight} must be positive; the steps of a schedule must rise")
+        if self.loss_weight <= 0:
+            raise ConfigError(f"loss_weight {self.loss_weight} must be positive")
+
+    def weight_at(self, step: float) -> float:
+        """The weight in the mixture at a step of training."""
+        if not isinstance(self.weight, list):
+            return self.weight
+        return float(np.interp(step, *zip(*self.weight)))
 
 
 @dataclass
@@ -111,6 +129,8 @@ def check_fits(source: SourceConfig, interface: Interface) -> None:
     if own and (source.task != own or source.objective):
         what = "an objective" if source.task == own else f"the task {source.task!r}"
         raise ConfigError(f"{source.shards}: {what} is for the model 'metalm'; this model has a task of its own, {own!r}")
+    if own and source.loss_weight != 1:
+        raise ConfigError(f"{source.shards}: loss_weight is for the model 'metalm'")
     if source.task in ("classification", "tagging", "seq2seq") and not own:
         raise ConfigError(f"{source.shards}: the task {source.task!r} is for a model of its own, see metalm.models")
     if source.task == "text" and not interface.layout and not source.objective:
@@ -178,7 +198,10 @@ class PackedStream(IterableDataset):
         rank: int = 0,
         world: int = 1,
         repeat: bool = True,
+        accumulation: int = 1,
     ):
+        """Args: accumulation: batches that a rank takes a step, by which the steps of schedules are counted."""
+        self.accumulation = accumulation
         self.sources, self.interface, self.config = sources, interface, config
         self.seed, self.rank, self.world, self.repeat = seed, rank, world, repeat
         for source in sources:
@@ -226,15 +249,21 @@ class PackedStream(IterableDataset):
 
     def rows(self, reader: int, readers: int) -> Iterator[tuple[list[Document], dict, list[str]]]:
         """Loaded rows, each with the state after it and the messages of samples found broken on the way."""
-        state = self.states.get(reader, {"block": 0, "row": 0, "positions": None, "broken": 0})
+        fresh = {"block": 0, "row": 0, "positions": None, "broken": 0, "before": 0}
+        state = fresh | self.states.get(reader, {})
         sources = self.make_sources(reader, readers)
         if state["positions"]:
             for source, position in zip(sources, state["positions"]):
                 source.position = Position(**position)
         iterators = [iter(source) for source in sources]
-        weights = [source.config.weight for source in sources]
-        block, skip, broken = state["block"], state["row"], state["broken"]
-        while any(weights):
+        block, skip, broken, before = (state[name] for name in ("block", "row", "broken", "before"))
+        ended = [False] * len(sources)
+        while not all(ended):
+            # A reader's batches are every `readers / world`-th of its rank's.
+            step = before / self.config.rows * (readers / self.world) / self.accumulation
+            weights = [0.0 if end else source.config.weight_at(step) for end, source in zip(ended, sources)]
+            if not any(weights):
+                raise DataError(f"at step {step:,.0f} no source has a weight above 0, see the schedules of data.train")
             positions = [vars(source.position) for source in sources]
             rng = random.Random(f"{self.seed} {reader} {block}")
             documents, messages = [], []
@@ -244,7 +273,7 @@ class PackedStream(IterableDataset):
                 messages += [str(error) for error in sources[i].errors]
                 sources[i].errors.clear()
                 if sample is None:
-                    weights[i] = 0
+                    ended[i], weights[i] = True, 0.0
                     continue
                 try:
                     documents += self.lay_out(i, sample, sources[i].position.epoch)
@@ -269,10 +298,10 @@ class PackedStream(IterableDataset):
                         messages.append(f"sample {documents[n].key!r}: {error}")
                 broken += len(messages)
                 self.check_broken(broken, messages)
-                after = {"block": block, "row": r + 1, "positions": positions, "broken": broken}
+                after = {"block": block, "row": r + 1, "positions": positions, "broken": broken, "before": before}
                 yield row, {"reader": reader, **after}, messages
                 messages = []
-            block, skip = block + 1, 0
+            block, skip, before = block + 1, 0, before + len(rows)
 
     def check_broken(self, broken: int, messages: list[str]) -> None:
         if broken > self.config.max_broken:
@@ -291,6 +320,9 @@ class PackedStream(IterableDataset):
         if self.sources[i].prefix < 1:
             arguments["prefix"] = self.sources[i].prefix
         documents = list(TASKS[self.sources[i].task](self.interface, sample, rng, **arguments))
+        if not self.interface.layout:
+            own = {"weight": self.sources[i].loss_weight, "modality": modality(sample)}
+            documents = [replace(document, **own) for document in documents]
         views = {}
         if self.sources[i].crop < 1 or self.sources[i].mirror:
             views["image"] = views["video"] = draw_view(self.sources[i].crop, self.sources[i].mirror, rng)
@@ -304,6 +336,11 @@ class PackedStream(IterableDataset):
                     f"sample {document.key!r}: {len(document)} positions do not fit data.row_length={self.config.row_length}"
                 )
         return documents
+
+
+def modality(sample: Sample) -> str:
+    """What a sample is made of: "image", "audio", "video", several of them, or "text"."""
+    return "+".join(dict.fromkeys(kind for kind, _ in sample.media)) or "text"
 
 
 def view_of(span: Span, views: dict[str, View | Warp]) -> dict:

@@ -20,7 +20,7 @@ from metalm.encoders import ENCODERS
 from metalm.errors import ConfigError
 from metalm.nn.attention import KVCache, Mask, all_of, causal, same_branch, same_document
 from metalm.nn.freezing import set_trainable
-from metalm.nn.losses import linear_cross_entropy
+from metalm.nn.losses import weighted_cross_entropy
 from metalm.nn.transformer import Attends
 from metalm.objectives.base import TextLayout
 from metalm.segments import Batch, SpanBatch
@@ -125,9 +125,17 @@ class MetaLM(nn.Module):
         return batch.num_targets
 
     def forward(self, batch: Batch) -> Tensor:
-        """Cross-entropy summed over the batch's targets, in nats: a float32 scalar."""
+        """Cross-entropy summed over the batch's targets, each by its weight, in nats: a float32 scalar.
+
+        `parts` are the unweighted nats of each modality.
+        """
         hidden_LD = self.hidden(batch).flatten(0, 1)[batch.places_L]
-        return linear_cross_entropy(hidden_LD, self.decoder.softmax_weight, batch.targets_L)
+        loss, nats_L = weighted_cross_entropy(hidden_LD, self.decoder.softmax_weight, batch.targets_L, batch.weight_L)
+        self.parts = {
+            f"loss/{name}": (nats_L[batch.modality_L == number].sum(), count)
+            for number, (name, count) in enumerate(batch.modalities.items())
+        }
+        return loss
 
 
 def first_vectors(vectors_NVD: Tensor, count_N: Tensor, total: int) -> Tensor:

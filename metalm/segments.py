@@ -67,12 +67,15 @@ class Span:
 class Document:
     """Segments that see each other and nothing else; `key` names the sample they come from.
 
-    Each of the `branches` goes on from the end of `segments`, the trunk, and sees no other branch.
+    Each of the `branches` goes on from the end of `segments`, the trunk, and sees no other branch. `weight` is that of its
+    targets in the loss; `modality` is under which name their loss is logged, empty for none.
     """
 
     segments: Sequence[Text | Span]
     key: str = ""
     branches: Sequence[Sequence[Text | Span]] = ()
+    weight: float = field(default=1.0, kw_only=True)
+    modality: str = field(default="", kw_only=True)
 
     def __len__(self) -> int:
         return sum(map(len, self.all_segments))
@@ -118,6 +121,9 @@ class Batch:
         targets_L: int64, the tokens they predict.
         spans: by encoder name.
         keys: of the documents' samples.
+        weight_L: float32, the targets' weights in the loss; None where all are 1.
+        modality_L: int64, by its place in `modalities` what each target belongs to; None where nobody asks.
+        modalities: how many targets each has.
         state: where the data stream stood after this batch; see `metalm.data.stream`.
         broken: what was wrong with the samples that were skipped on the way here.
     """
@@ -130,12 +136,20 @@ class Batch:
     targets_L: Tensor
     spans: dict[str, SpanBatch] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
+    weight_L: Tensor | None = None
+    modality_L: Tensor | None = None
+    modalities: dict[str, int] = field(default_factory=dict)
     state: dict | None = None
     broken: list[str] = field(default_factory=list)
 
     @property
     def num_targets(self) -> int:
         return len(self.targets_L)
+
+    @property
+    def target_weight(self) -> float:
+        """What the loss is divided by: the number of targets, or the sum of their weights."""
+        return self.num_targets if self.weight_L is None else float(self.weight_L.sum())
 
     @property
     def num_positions(self) -> int:
@@ -228,6 +242,7 @@ def make_batch(
     tokens, documents, branches, positions = (np.zeros((B, T), dtype=np.int64) for _ in range(4))
     places: list[int] = []
     targets: list[int] = []
+    counts: list[int] = []  # of targets, by document
     spans: dict[str, list[tuple[Span, int]]] = {name: [] for name in processors}
     for b, row in enumerate(rows):
         start = T - sum(map(len, row)) if pad_left else 0
@@ -242,6 +257,7 @@ def make_batch(
             positions[b, start:end] = layout.positions
             places += [b * T + start + place for place in layout.places]
             targets += layout.targets
+            counts.append(len(layout.targets))
             for segment in document.all_segments:
                 if isinstance(segment, Span) and len(segment):
                     spans[segment.encoder].append((segment, b * T + start))
@@ -252,7 +268,21 @@ def make_batch(
         torch.tensor(targets, dtype=torch.long),
         {name: _span_batch(found, processors[name]) for name, found in spans.items()},
         [document.key for row in rows for document in row],
+        **_weights_and_modalities([document for row in rows for document in row], torch.tensor(counts, dtype=torch.long)),
     )
+
+
+def _weights_and_modalities(documents: list[Document], count_D: Tensor) -> dict[str, Any]:
+    """The fields of a `Batch` that say so, from its documents and how many targets each has."""
+    fields: dict[str, Any] = {}
+    if any(document.weight != 1 for document in documents):
+        fields["weight_L"] = torch.tensor([document.weight for document in documents]).repeat_interleave(count_D)
+    names = sorted({document.modality for document in documents} - {""})
+    if names:
+        number_D = torch.tensor([names.index(d.modality) if d.modality else -1 for d in documents])
+        fields["modality_L"] = number_D.repeat_interleave(count_D)
+        fields["modalities"] = {name: int(count_D[number_D == number].sum()) for number, name in enumerate(names)}
+    return fields
 
 
 def _span_batch(spans: list[tuple[Span, int]], processor: Any) -> SpanBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,6 +134,19 @@ def test_the_loss_is_cross_entropy_of_the_targets(model):
     theirs = torch.autograd.grad(expected, list(model.parameters()))
     for (name, _), a, b in zip(model.named_parameters(), ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_targets_count_by_their_documents_weight_and_are_logged_by_modality(model):
+    own = documents(model)
+    weighted = [replace(d, weight=1.0 + n, modality="image" if "picture" in d.key else "text") for n, d in enumerate(own)]
+    alone = [float(model(make_batch([[document]], model.processors))) for document in own]
+    batch = make_batch([weighted], model.processors)
+    assert float(model(batch)) == pytest.approx(sum((1 + n) * loss for n, loss in enumerate(alone)))
+    for name, (nats, count) in model.parts.items():
+        chosen = [n for n, document in enumerate(weighted) if f"loss/{document.modality}" == name]
+        assert float(nats) == pytest.approx(sum(alone[n] for n in chosen))
+        assert count == sum(make_batch([[own[n]]], model.processors).num_targets for n in chosen)
+    assert sum(count for _, count in model.parts.values()) == batch.num_targets
 
 
 def test_branches_are_documents_of_their_own(model):

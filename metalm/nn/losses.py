@@ -16,11 +16,11 @@ CHUNK_LOGITS = 1 << 24  # logits held at a time: 64 MiB in float32
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, importance_N: Tensor | None):
         chunk = max(1, CHUNK_LOGITS // weight_VD.shape[0])
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         accumulate = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        total = hidden_ND.new_zeros((), dtype=accumulate)
+        nats_N = hidden_ND.new_empty(len(targets_N), dtype=accumulate)
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=accumulate) if need_weight else None
         for start in range(0, hidden_ND.shape[0], chunk):
@@ -28,10 +28,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             t = targets_N[start : start + chunk, None]
             logits = (h @ weight_VD.T).to(accumulate)
             normaliser = logits.logsumexp(dim=1, keepdim=True)
-            total += (normaliser - logits.gather(1, t)).sum()
+            nats_N[start : start + chunk] = (normaliser - logits.gather(1, t))[:, 0]
             if need_hidden or need_weight:
                 grad = logits.sub_(normaliser).exp_()
                 grad.scatter_add_(1, t, torch.full_like(grad[:, :1], -1.0))
+                if importance_N is not None:
+                    grad *= importance_N[start : start + chunk, None]
                 grad = grad.to(h.dtype)
                 if need_hidden:
                     grad_hidden[start : start + chunk] = grad @ weight_VD
@@ -39,14 +41,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight += grad.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight_VD.dtype
-        return total
+        ctx.mark_non_differentiable(nats_N)
+        return (nats_N if importance_N is None else nats_N * importance_N).sum(), nats_N
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, _: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * grad).to(ctx.dtype),
+            None,
             None,
         )
 
@@ -59,6 +63,14 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
         weight_VD: the softmax's matrix.
         targets_N: int64, each in [0, V).
     """
+    return weighted_cross_entropy(hidden_ND, weight_VD, targets_N)[0]
+
+
+def weighted_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, importance_N: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy` with a weight for each target (None: 1), and the nats [N] of each, unweighted, which carry no
+    gradient."""
     if not torch.is_grad_enabled():  # else its forward would make gradients that nobody asked for
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N)
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, importance_N)

@@ -1,13 +1,15 @@
 """DeepSpeed, the only training engine: one CPU process or many nodes, ZeRO 0 to 3.
 
-The loss of a step is the sum over all target tokens of all ranks and all accumulated micro-batches, divided by their
-number: never a mean of means. DeepSpeed averages gradients over ranks and micro-batches, so the loss is scaled by both.
+The loss of a step is the sum over all target tokens of all ranks and all accumulated micro-batches, each times its weight,
+divided by the sum of the weights: never a mean of means. DeepSpeed averages gradients over ranks and micro-batches, so the
+loss is scaled by both.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from metalm.errors import ConfigError, TrainingError
 from metalm.registry import did_you_mean
 from metalm.segments import Batch
 from metalm.training.config import TrainingConfig
+from metalm.training.extensions import prepare_extensions
 
 
 def setup_distributed() -> torch.device:
@@ -29,6 +32,8 @@ def setup_distributed() -> torch.device:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     quiet_deepspeed()
+    for message in prepare_extensions():
+        print(message, file=sys.stderr)
     import deepspeed
 
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -168,19 +173,20 @@ def train_step(engine, batches: list[Batch], parts: Parts) -> tuple[Tensor, int]
     Raises:
         TrainingError: no batch of any rank has a target.
     """
-    targets = int(all_sum(torch.tensor(float(sum(batch.num_targets for batch in batches))), engine.device))
-    if targets == 0:
+    own = [sum(batch.num_targets for batch in batches), sum(batch.target_weight for batch in batches)]
+    targets, weight = all_sum(torch.tensor(own, dtype=torch.float32), engine.device).tolist()
+    if weight == 0:
         keys = ", ".join([key for batch in batches for key in batch.keys][:5])
         raise TrainingError(f"a step without any target token; its first samples: {keys}")
     share = torch.zeros((), device=engine.device)
-    scale = engine.world_size * len(batches) / targets
+    scale = engine.world_size * len(batches) / weight
     for batch in batches:
         loss = engine(batch.to(engine.device))
         engine.backward(loss * scale)
         engine.step()
-        share += loss.detach() / targets
+        share += loss.detach() / weight
         parts.add(engine.module.parts)
-    return share, targets
+    return share, int(targets)
 
 
 def all_sum(value: Tensor, device: torch.device) -> Tensor:

@@ -63,7 +63,9 @@ def train(config: RunConfig) -> Path:
         if config.training.adapters.init_from and not found:
             load_adapters(model, config.training.adapters.init_from)
     interface = Interface.of(model, tokenizer, config.data.row_length)
-    stream = PackedStream(config.data.train, interface, config.data, config.training.seed, rank, world)
+    stream = PackedStream(
+        config.data.train, interface, config.data, config.training.seed, rank, world, accumulation=config.training.accumulation
+    )
     engine = make_engine(model.to(device), config.training, config.data.rows)
     loader = Loader(stream, pin_memory=True)
     step = load_checkpoint(engine, loader, found[-1]) if found else 0
@@ -249,7 +251,7 @@ def validate(engine, config: RunConfig, interface: Interface, reporter: Reporter
         with torch.no_grad():
             loss = engine.module(batch.to(engine.device))
         if rank < len(group):
-            total.add_(torch.tensor([float(loss), batch.num_targets], dtype=torch.float64))
+            total.add_(torch.tensor([float(loss), batch.target_weight], dtype=torch.float64))
             parts.add(engine.module.parts)
 
     group: list[Batch] = []

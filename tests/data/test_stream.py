@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,69 @@ def test_epochs_differ_in_order_and_in_chance(data, interface):
         assert sorted(keys) == sorted(f"p{n}" for n in range(40))
         epochs.append((keys, contents(rows)))
     assert epochs[0][0] != epochs[1][0]
+
+
+def test_a_mixture_changes_by_its_schedule_and_resumes_in_it(data, interface):
+    """At first pairs alone, from step 20 on texts alone; each step takes two batches of one row."""
+    pairs = {"shards": str(data / "pairs"), "task": "image_text", "weight": [[0, 1], [10, 1], [20, 0]]}
+    texts = {"shards": str(data / "texts"), "task": "text", "objective": {"type": "prefix"}, "weight": [[10, 0], [20, 1]]}
+    config = settings(data, train=[pairs, texts], rows=1, block=4)
+    batches = take(loader(interface, config, accumulation=2), 60)
+    shares = [sum(key[0] == "t" for key in batch.keys) / len(batch.keys) for batch in batches]
+    assert set(shares[:20]) == {0.0} and set(shares[44:]) == {1.0}
+    assert 0 < sum(shares[20:44]) < 24
+    first = loader(interface, config, accumulation=2)
+    before = contents(take(first, 30))
+    resumed = loader(interface, config, accumulation=2)
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert before + contents(take(resumed, 30)) == contents(batches)
+
+
+def test_steps_of_a_schedule_are_those_of_all_readers_together(data, interface):
+    pairs = {"shards": str(data / "pairs"), "task": "image_text", "weight": [[0, 1], [9, 1], [10, 0]]}
+    texts = {"shards": str(data / "texts"), "task": "text", "objective": {"type": "prefix"}, "weight": [[9, 0], [10, 1]]}
+    config = settings(data, train=[pairs, texts], rows=1, block=1, workers=2)
+    batches = take(loader(interface, config), 24)
+    turn = next(n for n, batch in enumerate(batches) if any(key[0] == "t" for key in batch.keys))
+    assert 10 <= turn <= 12
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weight": 0}, "weight 0.0 must be positive"),
+        ({"weight": [[0, 1], [0, 2]]}, "the steps of a schedule must rise"),
+        ({"weight": [[0, 1, 2]]}, "neither a number nor a list of"),
+        ({"weight": []}, "neither a number nor a list of"),
+        ({"weight": [[0, 0.0]]}, "must be positive"),
+        ({"loss_weight": 0}, "loss_weight 0.0 must be positive"),
+    ],
+)
+def test_weights_that_are_none_are_refused(data, change, message):
+    with pytest.raises(ConfigError, match=message):
+        settings(data, train=[{"shards": str(data / "pairs"), "task": "image_text", **change}])
+
+
+def test_a_moment_without_any_source_is_named(data, interface):
+    config = settings(data, train=[{"shards": str(data / "pairs"), "task": "image_text", "weight": [[0, 1], [1, 0]]}], block=4)
+    with pytest.raises(DataError, match="no source has a weight above 0"):
+        take(loader(interface, config), 20)
+
+
+def test_targets_have_their_sources_weight_and_their_modality(data, interface):
+    sources = settings(data).train
+    sources[0].loss_weight = 2.5
+    weights, kinds = Counter(), Counter()
+    for batch in loader(interface, replace(settings(data), train=sources), repeat=False):
+        names = list(batch.modalities)
+        assert sum(batch.modalities.values()) == batch.num_targets == len(batch.modality_L)
+        weight_L = batch.weight_L if batch.weight_L is not None else torch.ones(batch.num_targets)
+        assert batch.target_weight == pytest.approx(float(weight_L.sum()))
+        for name, weight in zip((names[n] for n in batch.modality_L.tolist()), weight_L.tolist()):
+            weights[name, weight] += 1
+        kinds.update(batch.modalities)
+    assert set(weights) == {("image", 2.5), ("text", 1.0)}
+    assert kinds == Counter({name: count for (name, _), count in weights.items()})
 
 
 def test_views_are_drawn_anew_each_epoch_and_equal_under_a_seed(interface, tmp_path):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from metalm.nn import losses
-from metalm.nn.losses import linear_cross_entropy
+from metalm.nn.losses import linear_cross_entropy, weighted_cross_entropy
 
 
 def problem(N=11, D=5, V=7, dtype=torch.float64):
@@ -28,6 +28,20 @@ def test_equals_dense_cross_entropy(monkeypatch, logits_at_a_time):
     theirs = torch.autograd.grad(dense * 0.37, (hidden, weight))
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("logits_at_a_time", [21, 1 << 24])
+def test_targets_count_by_their_weights(monkeypatch, logits_at_a_time):
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", logits_at_a_time)
+    hidden, weight, targets = problem()
+    importance = torch.rand(len(targets), dtype=torch.float64)
+    loss, nats = weighted_cross_entropy(hidden, weight, targets, importance)
+    each = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    torch.testing.assert_close(nats, each.detach())
+    torch.testing.assert_close(loss, (importance * each).sum())
+    ours = torch.autograd.grad(loss, (hidden, weight))
+    torch.testing.assert_close(ours, torch.autograd.grad((importance * each).sum(), (hidden, weight)))
+    assert not nats.requires_grad
 
 
 def test_gradcheck(monkeypatch):
