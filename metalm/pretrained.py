@@ -170,7 +170,7 @@ def load_parts(model: nn.Module, config: Any, tokenizer: Tokenizer) -> None:
             load_weights(module, part.init_from, source + ".", unread)
 
 
-def load_foreign(decoder: nn.Module, name: str) -> None:
+def load_foreign(decoder: nn.Module, name: str | Path) -> None:
     """Fills a decoder with a checkpoint of Hugging Face's layout.
 
     Raises:
