@@ -116,7 +116,7 @@ class Decoder(Family):
         config = getattr(transformers, f"{self.family}Config")(**self.shape)
         model = getattr(transformers, "GPT2LMHeadModel" if self.family == "GPT2" else f"{self.family}ForCausalLM")(config)
         for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.15)
+            nn.init.normal_(parameter, std=0.3)
         return model.eval()
 
     def save(self, theirs: nn.Module, folder: Path) -> None:
@@ -144,11 +144,12 @@ class Decoder(Family):
         from metalm.inference.generate import GenerationConfig, generate
         from metalm.segments import Document, Text
 
-        prompt = list(range(7, 14))
+        prompts_BT = torch.randint(1, 60, (8, 7), generator=torch.Generator().manual_seed(2))  # some repeat themselves soon
         options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        written = theirs.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
-        [own] = generate(ours, [Document([Text(prompt)])], end=-1, config=GenerationConfig(NEW_TOKENS))
-        return len(own) == NEW_TOKENS and own == written
+        written = theirs.generate(prompts_BT, **options)[:, prompts_BT.shape[1] :].tolist()
+        documents = [Document([Text(prompt)]) for prompt in prompts_BT.tolist()]
+        own = generate(ours, documents, end=-1, config=GenerationConfig(NEW_TOKENS))
+        return own == written and {len(text) for text in own} == {NEW_TOKENS}
 
 
 def logits_of(decoder: nn.Module, tokens_BT: Tensor) -> Tensor:

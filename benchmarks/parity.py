@@ -3,7 +3,8 @@
     python -m benchmarks.parity [--write README.md] [--only NAME ...]        # or `make parity`
 
 For each family of `benchmarks/families.py` a small randomly initialised checkpoint is written by the public implementation in
-its real format and loaded by METALM; both then read the same input in float32. Exits with 1 where a family fails.
+its real format and loaded by METALM; both then read the same input in float32, and decoders go on from eight prompts. Exits
+with 1 where a family fails.
 """
 
 from __future__ import annotations

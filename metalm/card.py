@@ -3,7 +3,7 @@
     ---  front matter  ---      what the Hub files a model under
     what it is                  parts, parameters, tokens
     how to load it
-    data, losses, configuration where a run made it
+    data, metrics, configuration where a run made it
     evaluation                  where results are given (`metalm push --results`)
 
 The license is left to whoever publishes the model.
@@ -46,7 +46,7 @@ def model_card(model: nn.Module, weights: Mapping[str, Tensor], vocab_size: int,
     title = Path(run.out).name if run else "A METALM"
     sections = [front_matter(model), f"# {title}", overview(model, weights, vocab_size), usage(model)]
     if run:
-        sections += [data_section(run), loss_section(run), configuration(run)]
+        sections += [data_section(run), metrics_section(run), configuration(run)]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -82,14 +82,14 @@ def overview(model: nn.Module, weights: Mapping[str, Tensor], vocab_size: int) -
 
 
 def in_words(part: str, model: dict) -> str:
-    """A part of a plain model configuration as `type name, layers x width`, as far as it says."""
+    """A part of a plain model configuration by its type, name, layers and width, as far as it says."""
     kind, _, name = part.partition(".")
     values = model.get("encoders", {}).get(name, {}) if name else model.get(kind)
     values = values.get("connector") if kind == "connectors" else values
     if not isinstance(values, dict):
         return ""
     words = [f"`{values[key]}`" for key in ("type", "name") if values.get(key)]
-    words += [f"{values['layers']} layers"] if values.get("layers") else []
+    words += [f"{values['layers']} layer{'s' if values['layers'] > 1 else ''}"] if values.get("layers") else []
     words += [f"width {values['width']}"] if values.get("width") else []
     return ", ".join(words)
 
@@ -110,14 +110,18 @@ def data_section(run: Any) -> str:
     return "## Data\n\n" + table(("for", "shards", "task", "weight", "samples"), rows)
 
 
-def loss_section(run: Any) -> str:
-    """The last losses that the run wrote down, in nats a target."""
+def metrics_section(run: Any) -> str:
+    """The last loss that the run wrote down, and all of its last validation."""
     path = Path(run.out) / "metrics.jsonl"
     last: dict[str, tuple[int, float]] = {}
     for row in map(json.loads, path.read_text().splitlines() if path.exists() else []):
         last |= {name: (row["step"], value) for name, value in row.items() if name == "loss" or name.startswith("val_")}
     rows = [(f"`{name}`", f"{step:,}", f"{value:.4f}") for name, (step, value) in last.items()]
-    return "## Losses\n\nIn nats a target.\n\n" + table(("metric", "step", "value"), rows) if rows else ""
+    return (
+        "## Metrics\n\nThe last of the run; losses are in nats a target.\n\n" + table(("metric", "step", "value"), rows)
+        if rows
+        else ""
+    )
 
 
 def configuration(run: Any) -> str:

@@ -43,13 +43,13 @@ class PretrainedModel(nn.Module):
         Raises:
             CheckpointError: there is no export, it does not fit, or it holds a model of another class.
         """
-        kind = read_model_config(name).get("type", MODELS.default)
-        own = MODELS[kind]
+        folder = find_export(name)
+        own = MODELS[read_model_config(folder).get("type", MODELS.default)]
         if not issubclass(own, cls):
             raise CheckpointError(
                 f"{name} holds a {own.__name__}, no {cls.__name__}: load it by {own.__name__}.from_pretrained"
             )
-        return load_pretrained(name, dtype)[0]
+        return load_pretrained(folder, dtype)[0]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes an export; of a model that was loaded as it was stored, the same files once more (but no adapters).

@@ -75,7 +75,7 @@ def test_the_card_says_what_the_run_was(run):
     }
     weights = load_pretrained(run)[0].state_dict()
     assert f"{sum(tensor.numel() for tensor in weights.values()):,} parameters" in body
-    assert "| `encoders.fused` | `fused`, 1 layers, width 32 |" in body and "| `connectors.fused` | `linear` |" in body
+    assert "| `encoders.fused` | `fused`, 1 layer, width 32 |" in body and "| `connectors.fused` | `linear` |" in body
     assert f'model = MetaLM.from_pretrained("{NAME}")' in body
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     [val_loss] = [row["val_loss"] for row in rows if "val_loss" in row]

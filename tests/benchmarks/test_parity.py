@@ -44,7 +44,7 @@ class Perturbed(TimmTower):
 
 
 class Forgetful(Decoder):
-    """The greedy text changes, by far too little for a number that is looked at alone."""
+    """Reads as it should, and then writes otherwise."""
 
     def same_text(self, theirs, ours):
         with torch.no_grad():
