@@ -1,10 +1,10 @@
-# make demo | test | install | lint | bench; everything lives in .venv
+# make demo | test | install | lint | bench | parity; everything lives in .venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-slow lint bench
+.PHONY: install demo test test-slow lint bench parity
 
 install: $(INSTALLED)
 
@@ -29,3 +29,6 @@ lint: install
 
 bench: install
 	$(BIN)/python -m benchmarks.run
+
+parity: install
+	$(BIN)/python -m benchmarks.parity --write README.md

@@ -89,6 +89,19 @@ def list_shards(spec: str | list[str]) -> list[str]:
     return shards
 
 
+def count_samples(spec: str | list[str]) -> int | None:
+    """How many samples the folders of a `list_shards` name hold by their indices; None where one has none."""
+    from braceexpand import braceexpand
+
+    total = 0
+    for entry in [spec] if isinstance(spec, str) else spec:
+        for folder in braceexpand(entry):
+            if not (Path(folder) / INDEX).is_file():
+                return None
+            total += json.loads((Path(folder) / INDEX).read_text())["num_samples"]
+    return total
+
+
 class _StrictTarInfo(tarfile.TarInfo):
     """Makes an error of a header that tarfile, and webdataset with it, takes for the end of the tar.
 

@@ -227,6 +227,21 @@ def export(
 
 
 @app.command()
+def push(
+    model: Annotated[str, typer.Option(help="A run or an export.")],
+    to: Annotated[str, typer.Option(help="user/name on the Hugging Face Hub; it is made where it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it so that only its owners see it.")] = False,
+    results: Annotated[
+        list[Path] | None, typer.Option(help="A result of `evaluate` for the card; several in their order.")
+    ] = None,
+) -> None:
+    """Upload an export to the Hugging Face Hub, with its model card."""
+    from metalm.hub import push_export
+
+    print(push_export(model, to, private, results or []))
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="What to go on from.")] = "",

@@ -18,6 +18,7 @@ from metalm.connectors import CONNECTORS
 from metalm.decoder import CausalDecoder, DecoderConfig
 from metalm.encoders import ENCODERS
 from metalm.errors import ConfigError
+from metalm.hub import PretrainedModel
 from metalm.nn.attention import KVCache, Mask, all_of, causal, same_branch, same_document
 from metalm.nn.freezing import set_trainable
 from metalm.nn.losses import weighted_cross_entropy
@@ -58,7 +59,7 @@ class MetaLMConfig:
                 raise ConfigError(f"{name}.vocab_size is {part.vocab_size}, but the tokenizer has {vocab_size} tokens")
 
 
-class MetaLM(nn.Module):
+class MetaLM(PretrainedModel):
     """Bidirectional encoders -> connectors -> causal decoder."""
 
     Config = MetaLMConfig

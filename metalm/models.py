@@ -1,7 +1,7 @@
 """What can be trained, by name: METALM itself, the text-side pretraining modes whose results plug into it, and what is read
 off their encoders.
 
-A model is a module with
+A model is a `metalm.hub.PretrainedModel`, which brings `from_pretrained`, `save_pretrained` and `push_to_hub`, with
 
     Config             a dataclass with `type`, `set_vocab_size`, and `special_tokens` that the tokenizer must have, whose ids
                        go into fields called after them: `<mask>` into `mask_token`

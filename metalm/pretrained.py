@@ -1,6 +1,8 @@
-"""Exports: a folder with `model.safetensors`, `config.json` and `tokenizer.json`, written by a run and loaded anywhere.
+"""Exports: a folder with `model.safetensors`, `config.json`, `tokenizer.json` and a model card, written by a run and loaded
+anywhere.
 
-A name for an export is its folder, the run that holds it (`RUN/export`), or a Hugging Face Hub id.
+A name for an export is its folder, the run that holds it (`RUN/export`), or a Hugging Face Hub id. Whoever wrote it, no pickle
+is loaded: of the Hub only the files of `PATTERNS` are fetched, and a configuration that names other weights loses these names.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from metalm.models import MODELS
 
 # What a part that starts from another's weights decides for itself; all else is their shape.
 USE = ("connector", "trainable", "init_from", "dropout", "activation_checkpointing", "combination")
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+PATTERNS = ("*.json", "*.safetensors", CARD)  # what an export consists of
 FOREIGN = "hf:"  # before the name of a checkpoint in Hugging Face's layout, a folder or a Hub id
 
 
@@ -40,21 +43,29 @@ def find_export(name: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(str(name), allow_patterns=list(PATTERNS)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"no run or export at {str(name)!r}, and no such model on the Hub") from error
 
 
 def read_model_config(name: str | Path) -> dict:
     """The plain `model` section of an export."""
-    return json.loads((find_export(name) / CONFIG).read_text())["model"]
+    return read_record(find_export(name))["model"]
 
 
-def save_pretrained(weights: Mapping[str, Tensor], config: Any, tokenizer: Tokenizer, folder: str | Path) -> None:
+def read_record(folder: Path) -> dict:
+    """What an export's `config.json` says, but for where to fetch other weights from: a stranger's would be a way in."""
+    record = json.loads((folder / CONFIG).read_text())
+    fetch_nothing(record["model"])
+    return record
+
+
+def save_pretrained(weights: Mapping[str, Tensor], config: Any, tokenizer: Tokenizer, folder: str | Path, card: str) -> None:
     """Writes an export.
 
     Args:
         weights: the model's state dict, on the CPU and whole.
+        card: of `metalm.card.model_card`, or an older one.
     """
     from safetensors.torch import save_file
 
@@ -66,6 +77,7 @@ def save_pretrained(weights: Mapping[str, Tensor], config: Any, tokenizer: Token
     record = {"metalm_version": metalm.__version__, "tokenizer_fingerprint": tokenizer.fingerprint, "model": plain}
     (folder / CONFIG).write_text(json.dumps(record, indent=1))
     tokenizer.save(folder)
+    (folder / CARD).write_text(card)
 
 
 def fetch_nothing(plain: dict) -> None:
@@ -158,7 +170,7 @@ def load_parts(model: nn.Module, config: Any, tokenizer: Tokenizer) -> None:
             load_weights(module, part.init_from, source + ".", unread)
 
 
-def load_foreign(decoder: nn.Module, name: str) -> None:
+def load_foreign(decoder: nn.Module, name: str | Path) -> None:
     """Fills a decoder with a checkpoint of Hugging Face's layout.
 
     Raises:
@@ -176,15 +188,20 @@ def load_weights(model: nn.Module, name: str | Path, prefix: str = "", unread: s
     Raises:
         CheckpointError: tensors are missing, left over, or of another shape; it names them.
     """
+    folder = find_export(name)
+    weights = read_weights(folder)
+    chosen = [name for name in weights if name.startswith(prefix) and not (unread and name.startswith(unread))]
+    fill(model, {name.removeprefix(prefix): weights[name] for name in chosen}, folder / WEIGHTS)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Raises `CheckpointError` where an export's file of weights is missing or torn."""
     from safetensors.torch import load_file
 
-    path = find_export(name) / WEIGHTS
     try:
-        weights = load_file(path)
+        return load_file(folder / WEIGHTS)
     except Exception as error:  # safetensors raises its own and OSError, without a common base
-        raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
-    chosen = [name for name in weights if name.startswith(prefix) and not (unread and name.startswith(unread))]
-    fill(model, {name.removeprefix(prefix): weights[name] for name in chosen}, path)
+        raise CheckpointError(f"{folder / WEIGHTS}: not a complete safetensors file ({error})") from error
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
@@ -203,18 +220,28 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> N
     model.load_state_dict(weights)
 
 
-def load_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tokenizer]:
-    """An export's model, in evaluation mode, and its tokenizer.
+def load_pretrained(name: str | Path, dtype: torch.dtype | None = torch.float32) -> tuple[nn.Module, Tokenizer]:
+    """An export's model, in evaluation mode, and its tokenizer; the model keeps this and its card at hand.
+
+    Args:
+        dtype: of all weights; None: as they are stored.
 
     Raises:
         CheckpointError: there is no export, it does not fit, or its tokenizer is not the one that it was trained with.
     """
     folder = find_export(name)
-    record = json.loads((folder / CONFIG).read_text())
+    record = read_record(folder)
     config = build_plugin(MODELS, record["model"], str(folder / CONFIG), "model")
     model = MODELS[config.type](config)
-    load_weights(model, folder)
+    weights = read_weights(folder)
+    fill(model, weights, folder / WEIGHTS)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        stored = weights[name].dtype
+        if dtype is None and stored != tensor.dtype:  # float32 holds all that a narrower type does, so nothing was lost
+            tensor.data = tensor.data.to(stored)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.fingerprint != record["tokenizer_fingerprint"]:
         raise CheckpointError(f"{folder}: the tokenizer is not the one that the model was trained with")
-    return model.to(dtype).eval(), tokenizer
+    model.tokenizer = tokenizer
+    model.card = (folder / CARD).read_text() if (folder / CARD).is_file() else ""
+    return (model if dtype is None else model.to(dtype)).eval(), tokenizer

@@ -19,10 +19,11 @@ import random
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from metalm.encoders.two_tower import TwoTowerConfig, TwoTowerEncoder
 from metalm.errors import ConfigError
+from metalm.hub import PretrainedModel
 from metalm.nn.losses import linear_cross_entropy
 from metalm.nn.words import AdaptiveSoftmax
 from metalm.objectives.encoder_model import EncoderModelConfig
@@ -77,7 +78,7 @@ class ClozeLayout:
         return replace(batch, places_L=batch.places_L + 1)
 
 
-class Cloze(nn.Module):
+class Cloze(PretrainedModel):
     """A two-tower encoder with a softmax on it.
 
     Attributes:

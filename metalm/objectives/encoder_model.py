@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from metalm.config import plugin
 from metalm.encoders import ENCODERS
 from metalm.errors import ConfigError
+from metalm.hub import PretrainedModel
 from metalm.nn.freezing import set_trainable
 from metalm.segments import Batch
 
@@ -68,7 +69,7 @@ class HeadConfig(EncoderModelConfig):
             raise ConfigError(f"encoder.connector is for a decoder, which a {self.type} does not have")
 
 
-class HeadModel(nn.Module):
+class HeadModel(PretrainedModel):
     """An encoder, on whose states a head reads; its subclass has the head, `layout` and `forward`."""
 
     def __init__(self, config: HeadConfig):

@@ -21,10 +21,11 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metalm.encoders.text import TextEncoder, TextEncoderConfig
 from metalm.errors import ConfigError
+from metalm.hub import PretrainedModel
 from metalm.nn.losses import linear_cross_entropy
 from metalm.nn.pseudo_masked import one_pass
 from metalm.objectives.encoder_model import EncoderModelConfig
@@ -214,7 +215,7 @@ class PMLMLayout:
         return make_pmlm_batch(rows, length)
 
 
-class PMLM(nn.Module):
+class PMLM(PretrainedModel):
     """A text encoder with a tied softmax at its masked positions.
 
     Attributes:

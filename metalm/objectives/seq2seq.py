@@ -19,12 +19,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from metalm.data.sample import Sample
 from metalm.data.tokenizer import Tokenizer
 from metalm.encoders.text import TextEncoder, TextEncoderConfig
 from metalm.errors import ConfigError, DataError
+from metalm.hub import PretrainedModel
 from metalm.nn.freezing import set_trainable
 from metalm.nn.pseudo_masked import one_pass
 from metalm.objectives.encoder_model import EncoderModelConfig
@@ -88,7 +89,7 @@ class Seq2SeqLayout:
         return replace(batch, places_L=batch.slots_L)
 
 
-class Seq2Seq(nn.Module):
+class Seq2Seq(PretrainedModel):
     """A text encoder that writes what its source becomes."""
 
     Config = Seq2SeqConfig

@@ -1,7 +1,7 @@
 """Checkpoints that are either whole or not there: DeepSpeed's state, where each data reader stands, and random numbers.
 
 RUN/checkpoints/step-000500/   written under a temporary name, renamed when every rank is done
-RUN/export/                    weights for use: safetensors + config.json + tokenizer.json
+RUN/export/                    weights for use: safetensors + config.json + tokenizer.json + model card
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from metalm.card import model_card
 from metalm.data.stream import Loader
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import CheckpointError, TrainingError
 from metalm.pretrained import save_pretrained
-from metalm.training.adapters import AdaptersConfig, merge_adapters, save_adapters
+from metalm.training.adapters import merge_adapters, save_adapters
+from metalm.training.config import RunConfig
 from metalm.training.engine import all_sum, full_weights
 
 TAG = "state"
@@ -108,12 +110,13 @@ def _cuda_state() -> torch.Tensor | None:
     return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
 
-def write_export(engine, tokenizer: Tokenizer, run: Path, adapters: AdaptersConfig | None = None) -> Path:
-    """Writes `RUN/export`, replacing an older one only when the new one is whole; `adapters` are merged and lie beside it.
+def write_export(engine, tokenizer: Tokenizer, config: RunConfig) -> Path:
+    """Writes `RUN/export`, replacing an older one only when the new one is whole; adapters are merged and lie beside it.
 
     Raises:
         TrainingError: the disk is full.
     """
+    run, adapters = Path(config.out), config.training.adapters
     folder, partial = run / "export", run / "export.partial"
     weights = full_weights(engine)
     error: Exception | None = None
@@ -121,7 +124,8 @@ def write_export(engine, tokenizer: Tokenizer, run: Path, adapters: AdaptersConf
         try:
             shutil.rmtree(partial, ignore_errors=True)
             plain = merge_adapters(weights, engine.module.config, adapters) if adapters else weights
-            save_pretrained(plain, engine.module.config, tokenizer, partial)
+            card = model_card(engine.module, plain, tokenizer.size, config)
+            save_pretrained(plain, engine.module.config, tokenizer, partial, card)
             if adapters:
                 save_adapters(weights, adapters, partial)
             shutil.rmtree(folder, ignore_errors=True)

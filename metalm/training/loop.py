@@ -74,7 +74,7 @@ def train(config: RunConfig) -> Path:
             reporter.message(f"resuming {run} at step {step:,}")
         finished = run_steps(engine, loader, config, step, reporter, interface)
         if finished:
-            export = write_export(engine, tokenizer, run, config.training.adapters)
+            export = write_export(engine, tokenizer, config)
             reporter.message(f"export: {export}")
             return export
     raise TrainingError(f"stopped by a signal; the same command resumes from {checkpoints(run)[-1]}")

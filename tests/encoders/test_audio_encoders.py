@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torchaudio
-from speech_shapes import WAV2VEC2, WAV2VEC2_LARGE, WAVLM, WAVLM_LARGE
 
+from benchmarks.families import WAV2VEC2, WAV2VEC2_LARGE, WAVLM, WAVLM_LARGE
 from metalm.config import build
 from metalm.data.audio import encode_wav
 from metalm.encoders import ENCODERS

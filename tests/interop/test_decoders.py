@@ -9,80 +9,39 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from metalm.config import build
+from benchmarks.families import FAMILIES as PUBLISHED
+from benchmarks.families import GPT2, SHAPE, Decoder, logits_of
+from benchmarks.parity import measure
 from metalm.decoder import CausalDecoder, DecoderConfig
 from metalm.errors import CheckpointError
-from metalm.interop.decoders import FAMILIES, read_config, read_weights, save_decoder, to_ours
+from metalm.interop.decoders import read_config, read_weights, save_decoder, to_ours
 
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
-SHAPE |= {"vocab_size": 61, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 60, "pad_token_id": None}
-GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 60}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-MODELS = {
-    "gpt2": ("GPT2", GPT2),
-    "gpt2, exact GELU, own width": ("GPT2", GPT2 | {"activation_function": "gelu", "n_inner": 40}),
-    "llama": ("Llama", SHAPE),
-    "llama, tied": ("Llama", SHAPE | {"tie_word_embeddings": True, "num_key_value_heads": 4}),
-    "llama 3": ("Llama", SHAPE | {"rope_parameters": LLAMA3}),
-    "llama, longer positions": (
+VARIANTS = [
+    Decoder("GPT-2, exact GELU, own width", "GPT2", GPT2 | {"activation_function": "gelu", "n_inner": 40}),
+    Decoder("Llama, tied", "Llama", SHAPE | {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    Decoder(
+        "Llama, longer positions",
         "Llama",
         SHAPE | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
     ),
-    "mistral": ("Mistral", SHAPE | {"head_dim": 16, "sliding_window": None}),
-    "mistral, window": ("Mistral", SHAPE | {"sliding_window": 100}),
-    "qwen2": ("Qwen2", SHAPE | {"rms_norm_eps": 1e-5}),
-    "qwen3": ("Qwen3", SHAPE | {"head_dim": 16, "tie_word_embeddings": True}),
-    "gemma": ("Gemma", SHAPE | {"head_dim": 16}),
-}
+    Decoder("Mistral, window", "Mistral", SHAPE | {"sliding_window": 100}),
+]
+MODELS = {decoder.name: decoder for decoder in [*PUBLISHED, *VARIANTS] if isinstance(decoder, Decoder)}
 
 
 def make_theirs(name: str):
-    family, shape = MODELS[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**shape)
-    model = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")(config)
-    for parameter in model.parameters():  # biases and norms that do nothing would prove nothing
-        torch.nn.init.normal_(parameter, std=0.15)
-    return model.eval()
+    return MODELS[name].make()
 
 
 def load_ours(folder) -> CausalDecoder:
-    family, values = read_config(folder)
-    decoder = CausalDecoder(build(DecoderConfig, values, "test")).eval()
-    decoder.load_state_dict(to_ours(read_weights(folder), family, values))
-    return decoder
-
-
-def logits_of(decoder: CausalDecoder, tokens_BT: torch.Tensor) -> torch.Tensor:
-    position_BT = torch.arange(tokens_BT.shape[1]).expand(tokens_BT.shape)
-    return decoder.logits(decoder(decoder.embed(tokens_BT), position_BT))
-
-
-def test_every_family_is_tested():
-    assert {MODELS[name][0].lower() for name in MODELS} == set(FAMILIES)
+    return MODELS["Llama"].load(folder).decoder  # of whichever family the folder says
 
 
 @pytest.mark.parametrize("name", MODELS)
-@torch.no_grad()
-def test_logits_and_greedy_texts_are_transformers(name, tmp_path):
-    theirs = make_theirs(name)
-    theirs.save_pretrained(tmp_path)
-    ours = load_ours(tmp_path)
-    tokens_BT = torch.randint(1, 60, (2, 90))
-    assert (logits_of(ours, tokens_BT) - theirs(tokens_BT).logits).abs().max() <= 1e-4
-    prompt = tokens_BT[:1, :7]
-    written = theirs.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 7:]
-    text = prompt
-    for _ in range(64):
-        text = torch.cat([text, logits_of(ours, text)[:, -1:].argmax(-1)], dim=1)
-    assert text[0, 7:].tolist() == written.tolist()
+def test_logits_and_greedy_texts_are_transformers(name):
+    """All of the texts, by our own cache."""
+    found = measure(MODELS[name])
+    assert found.holds and found.same_text, found
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -93,7 +52,7 @@ def test_what_is_written_back_transformers_reads(name, tmp_path):
     ours = load_ours(tmp_path / "theirs")
     family = save_decoder(ours.state_dict(), ours.config, tmp_path / "back")
     # A Mistral without a window is a Llama, and is written as one.
-    assert family == ("llama" if MODELS[name][0] == "Mistral" else MODELS[name][0].lower())
+    assert family == ("llama" if MODELS[name].family == "Mistral" else MODELS[name].family.lower())
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     tokens_BT = torch.randint(1, 60, (2, 60))
     assert (again(tokens_BT).logits - theirs(tokens_BT).logits).abs().max() <= 1e-4
@@ -101,7 +60,7 @@ def test_what_is_written_back_transformers_reads(name, tmp_path):
 
 @torch.no_grad()
 def test_checkpoints_in_several_files_load(tmp_path):
-    theirs = make_theirs("llama")
+    theirs = make_theirs("Llama")
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     tokens_BT = torch.randint(1, 60, (1, 20))
@@ -111,7 +70,7 @@ def test_checkpoints_in_several_files_load(tmp_path):
 @torch.no_grad()
 def test_gemmas_norms_are_not_rounded(tmp_path):
     """Its files are bfloat16, which holds 1 + weight badly; transformers adds in float32."""
-    theirs = make_theirs("gemma").bfloat16()
+    theirs = make_theirs("Gemma").bfloat16()
     theirs.save_pretrained(tmp_path)
     family, values = read_config(tmp_path)
     ours = to_ours(read_weights(tmp_path), family, values)
@@ -121,7 +80,7 @@ def test_gemmas_norms_are_not_rounded(tmp_path):
 @torch.no_grad()
 def test_gpt2s_first_files_load(tmp_path):
     """Names without the prefix, and the causal mask among the weights."""
-    theirs = make_theirs("gpt2")
+    theirs = make_theirs("GPT-2")
     theirs.save_pretrained(tmp_path)
     old = {name.removeprefix("transformer."): tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     old["h.0.attn.bias"] = torch.ones(1, 1, 128, 128)
@@ -131,7 +90,7 @@ def test_gpt2s_first_files_load(tmp_path):
 
 
 def test_a_window_bounds_the_positions(tmp_path):
-    make_theirs("mistral, window").save_pretrained(tmp_path)
+    make_theirs("Mistral, window").save_pretrained(tmp_path)
     assert read_config(tmp_path)[1]["max_positions"] == 100
 
 
@@ -146,7 +105,7 @@ def test_a_window_bounds_the_positions(tmp_path):
     ],
 )
 def test_what_our_stack_cannot_do_is_refused(tmp_path, change, message):
-    make_theirs("llama").save_pretrained(tmp_path)
+    make_theirs("Llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(CheckpointError, match=message):
@@ -158,7 +117,7 @@ def test_broken_checkpoints_are_named(tmp_path):
         read_config(tmp_path / "none")
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         read_config(tmp_path)
-    make_theirs("llama").save_pretrained(tmp_path)
+    make_theirs("Llama").save_pretrained(tmp_path)
     family, values = read_config(tmp_path)
     weights = read_weights(tmp_path)
     with pytest.raises(CheckpointError, match=r"no place for: model\.layers\.0\.self_attn\.rank"):
@@ -187,7 +146,7 @@ def make_tokenizer(folder) -> None:
     backend.save(str(folder / "tokenizer.json"))
 
 
-@pytest.mark.parametrize("name", ["llama, tied", "gpt2", "gemma"])
+@pytest.mark.parametrize("name", ["Llama, tied", "GPT-2", "Gemma"])
 def test_a_run_starts_from_a_checkpoint_and_its_decoder_goes_back(name, tmp_path):
     """`decoder.init_from: hf:FOLDER`, docked with an encoder; then `metalm export`, read by transformers."""
     from typer.testing import CliRunner
@@ -197,10 +156,8 @@ def test_a_run_starts_from_a_checkpoint_and_its_decoder_goes_back(name, tmp_path
     from metalm.training.config import load_run_config
     from metalm.training.loop import train
 
-    family, shape = MODELS[name]
-    MODELS["here"] = family, shape | {"vocab_size": 288}  # more rows than tokens, as published models have
-    theirs = make_theirs("here")
-    del MODELS["here"]
+    shape = MODELS[name].shape | {"vocab_size": 288}  # more rows than tokens, as published models have
+    theirs = Decoder(name, MODELS[name].family, shape).make()
     folder = tmp_path / "theirs"
     theirs.save_pretrained(folder)
     make_tokenizer(folder)
@@ -232,7 +189,7 @@ def test_a_run_starts_from_a_checkpoint_and_its_decoder_goes_back(name, tmp_path
     with torch.no_grad():
         assert (logits_of(model.decoder, tokens_BT) - theirs(tokens_BT).logits).abs().max() <= 1e-4
         answer = CliRunner().invoke(app, ["export", "--model", str(run), "--out", str(tmp_path / "back")])
-        assert answer.exit_code == 0 and MODELS[name][0].lower() in answer.stdout, answer.output
+        assert answer.exit_code == 0 and MODELS[name].family.lower() in answer.stdout, answer.output
         back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
         assert (back(tokens_BT).logits - theirs(tokens_BT).logits).abs().max() <= 1e-4
     assert back.config.eos_token_id == tokenizer.end

@@ -59,7 +59,8 @@ def test_a_run_leaves_config_metrics_tokenizer_checkpoints_and_export(finished):
     assert (finished / "config.yaml").is_file()
     assert sorted(losses(finished)) == [1, 2, 3, 4, 5, 6]
     assert [p.name for p in checkpoints(finished)] == ["step-000004", "step-000006"]
-    assert {p.name for p in (finished / "export").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    files = {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
+    assert {p.name for p in (finished / "export").iterdir()} == files
 
 
 def test_a_resumed_run_sees_the_same_samples_and_gives_the_same_losses(tiny_yaml, finished, tmp_path):
