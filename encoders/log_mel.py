@@ -1,6 +1,6 @@
 """A Transformer on log-mel frames, made to be trained from scratch together with the decoder.
 
-    wave -> log-mel [F, M], of mean 0 and deviation 1 -> two convolutions of stride 2 -> pre-norm Transformer
+    wave -> log-mel [F, M], normalised -> two convolutions of stride 2 -> pre-norm Transformer
          -> a state every 4 frames (40 ms)
 
 The convolutions see frequency as a dimension of space, so that a higher voice is a shift and not another word. Source: Dong et
@@ -11,7 +11,9 @@ Shapes: R rows, F frames, M mel bands, C channels, S states of a row, D width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +27,16 @@ from metalm.nn.attention import Mask
 from metalm.nn.transformer import Transformer, TransformerConfig, init_weights
 
 STRIDE = 4  # frames a state
+RANGE = 6 * math.log(10)  # 60 dB of power
 
 
 @dataclass(kw_only=True)
 class LogMelConfig(TransformerConfig, EncoderConfig):
     """A stack on `mels` bands of sound at `sample_rate`, a frame every `hop` seconds of a `window` as long.
 
-    Clips longer than `chunk_seconds` are read in chunks. `channels` are those of the convolutions.
+    Clips longer than `chunk_seconds` are read in chunks. `channels` are those of the convolutions. `normalize` takes the mean
+    off the clip as a whole, whose spectrum stays (sounds), or off each band, and with it what a microphone and a voice add
+    (speech).
     """
 
     sample_rate: int = 16000
@@ -40,6 +45,7 @@ class LogMelConfig(TransformerConfig, EncoderConfig):
     window: float = 0.025
     chunk_seconds: float = 30.0
     channels: int = 32
+    normalize: Literal["clip", "bands"] = "clip"
 
     def __post_init__(self):
         super().__post_init__()
@@ -85,7 +91,10 @@ class LogMelProcessor(AudioProcessor):
 
 
 def log_mel(wave_T: Tensor, config: LogMelConfig) -> Tensor:
-    """Log-mel frames [F, M] of a wave, of mean 0 and standard deviation 1 over the clip: loudness is no part of them."""
+    """Log-mel frames [F, M] of a wave, of mean 0 and standard deviation 1: loudness is no part of them.
+
+    What is more than 60 dB below the loudest place counts as silence.
+    """
     import torchaudio
 
     window = round(config.window * config.sample_rate)
@@ -104,7 +113,9 @@ def log_mel(wave_T: Tensor, config: LogMelConfig) -> Tensor:
         size // 2 + 1, 20.0, config.sample_rate / 2, config.mels, config.sample_rate, norm="slaney"
     )
     logs_FM = ((spectrum**2).T @ filters + 1e-8).log()
-    return (logs_FM - logs_FM.mean()) / (logs_FM.std() + 1e-5)
+    logs_FM = logs_FM.clamp(min=logs_FM.max() - RANGE)
+    mean = logs_FM.mean(0) if config.normalize == "bands" else logs_FM.mean()
+    return (logs_FM - mean) / (logs_FM.std() + 1e-5)
 
 
 class Subsampling(nn.Module):

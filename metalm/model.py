@@ -1,6 +1,6 @@
 """MetaLM: encoders and connectors docked on a causal decoder.
 
-    batch -> token embeddings, with connector(encoder(span)) at the spans' positions -> decoder -> loss or logits
+    batch -> token embeddings, with connector(encoder(span)) at the spans' positions (-> fusion) -> decoder -> loss or logits
 
 Shapes: B rows, T positions, M docked vectors, D decoder width, V vocabulary, L targets.
 """
@@ -18,6 +18,7 @@ from metalm.connectors import CONNECTORS
 from metalm.decoder import CausalDecoder, DecoderConfig
 from metalm.encoders import ENCODERS
 from metalm.errors import ConfigError
+from metalm.fusion import Fusion, FusionConfig
 from metalm.hub import PretrainedModel
 from metalm.nn.attention import KVCache, Mask, all_of, causal, same_branch, same_document
 from metalm.nn.freezing import set_trainable
@@ -29,10 +30,11 @@ from metalm.segments import Batch, SpanBatch
 
 @dataclass
 class MetaLMConfig:
-    """The decoder and what docks on it, by a name of one's choice."""
+    """The decoder and what docks on it, by a name of one's choice; with `fusion` spans side by side read each other first."""
 
     decoder: DecoderConfig
     encoders: dict[str, Any] = plugin(ENCODERS, default_factory=dict)
+    fusion: FusionConfig | None = None
     type: str = "metalm"
     special_tokens: ClassVar[tuple[str, ...]] = ()
 
@@ -40,6 +42,8 @@ class MetaLMConfig:
         for name, encoder in self.encoders.items():
             if encoder.connector is None:
                 raise ConfigError(f"encoders.{name} needs a connector, one of: {', '.join(CONNECTORS.names())}")
+        if self.fusion and not self.encoders:
+            raise ConfigError("fusion is over what encoders read, and there are no encoders")
 
     def check_row_length(self, length: int) -> None:
         """Raises `ConfigError` where the decoder has no positions for rows so long."""
@@ -77,6 +81,7 @@ class MetaLM(PretrainedModel):
                 for name, c in config.encoders.items()
             }
         )
+        self.fusion = Fusion(config.fusion, config.decoder.width) if config.fusion else None
         blocks = self.decoder.transformer.blocks
         layers = [*blocks[:-1], nn.ModuleList([blocks[-1], self.decoder.transformer.norm])]
         set_trainable(self.decoder, layers, config.decoder.trainable, "decoder")
@@ -110,7 +115,8 @@ class MetaLM(PretrainedModel):
                 flat = flat.index_copy(0, batch.spans[name].positions, docked.to(flat.dtype))
             else:  # the batch lacks this modality; the encoder still takes part in the graph, so that all ranks agree
                 flat = flat + 0 * docked.sum().to(flat.dtype)
-        return flat.view_as(x_BTD)
+        x_BTD = flat.view_as(x_BTD)
+        return self.fusion(x_BTD, batch) if self.fusion else x_BTD
 
     def hidden(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
         """The decoder's states [B, T, D] at every position of the batch."""
