@@ -14,6 +14,7 @@ ENCODERS = Registry(
         "log_mel": "metalm.encoders.log_mel:LogMelEncoder",
         "speech": "metalm.encoders.speech:SpeechEncoder",
         "video": "metalm.encoders.video:VideoEncoder",
+        "transformers": "metalm.encoders.transformers_text:TransformersEncoder",
         "timm": "metalm.encoders.image:TimmEncoder",
         "open_clip": "metalm.encoders.image:OpenClipEncoder",
     },

@@ -1,5 +1,7 @@
 """Exports: a folder with `model.safetensors`, `config.json` and `tokenizer.json`, written by a run and loaded anywhere.
 
+An encoder that was made from files has these in a folder of its own name beside them.
+
 A name for an export is its folder, the run that holds it (`RUN/export`), or a Hugging Face Hub id.
 """
 
@@ -22,6 +24,7 @@ from metalm.models import MODELS
 # What a part that starts from another's weights decides for itself; all else is their shape.
 USE = ("connector", "trainable", "init_from", "dropout", "activation_checkpointing", "combination")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+BESIDE = "./"  # before the name of a folder that lies beside config.json
 FOREIGN = "hf:"  # before the name of a checkpoint in Hugging Face's layout, a folder or a Hub id
 
 
@@ -47,21 +50,35 @@ def find_export(name: str | Path) -> Path:
 
 def read_model_config(name: str | Path) -> dict:
     """The plain `model` section of an export."""
-    return json.loads((find_export(name) / CONFIG).read_text())["model"]
+    return read_record(find_export(name))["model"]
 
 
-def save_pretrained(weights: Mapping[str, Tensor], config: Any, tokenizer: Tokenizer, folder: str | Path) -> None:
+def read_record(folder: Path) -> dict:
+    """An export's `config.json`; the names in it of folders beside it become paths."""
+    record = json.loads((folder / CONFIG).read_text())
+    for part in record["model"].get("encoders", {}).values():
+        if str(part.get("name", "")).startswith(BESIDE):
+            part["name"] = str(folder.resolve() / part["name"])
+    return record
+
+
+def save_pretrained(weights: Mapping[str, Tensor], model: nn.Module, tokenizer: Tokenizer, folder: str | Path) -> None:
     """Writes an export.
 
     Args:
         weights: the model's state dict, on the CPU and whole.
+        model: says the rest, whatever has become of its own weights.
     """
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plain = to_plain(config)
+    plain = to_plain(model.config)
     fetch_nothing(plain)
+    for name, encoder in getattr(model, "encoders", {}).items():
+        encoder.save_files(folder / name)
+        if (folder / name).is_dir():
+            plain["encoders"][name]["name"] = BESIDE + name
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
     record = {"metalm_version": metalm.__version__, "tokenizer_fingerprint": tokenizer.fingerprint, "model": plain}
     (folder / CONFIG).write_text(json.dumps(record, indent=1))
@@ -210,7 +227,7 @@ def load_pretrained(name: str | Path, dtype: torch.dtype = torch.float32) -> tup
         CheckpointError: there is no export, it does not fit, or its tokenizer is not the one that it was trained with.
     """
     folder = find_export(name)
-    record = json.loads((folder / CONFIG).read_text())
+    record = read_record(folder)
     config = build_plugin(MODELS, record["model"], str(folder / CONFIG), "model")
     model = MODELS[config.type](config)
     load_weights(model, folder)

@@ -121,7 +121,7 @@ def write_export(engine, tokenizer: Tokenizer, run: Path, adapters: AdaptersConf
         try:
             shutil.rmtree(partial, ignore_errors=True)
             plain = merge_adapters(weights, engine.module.config, adapters) if adapters else weights
-            save_pretrained(plain, engine.module.config, tokenizer, partial)
+            save_pretrained(plain, engine.module, tokenizer, partial)
             if adapters:
                 save_adapters(weights, adapters, partial)
             shutil.rmtree(folder, ignore_errors=True)
