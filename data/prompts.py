@@ -197,7 +197,7 @@ def text(interface: Interface, sample: Sample, rng: random.Random, objective: Ob
     """A document of text under a text objective, or as the model itself lays out texts.
 
     One too long for a row becomes several, each of which goes on from the last token of the one before. A piece whose spans are
-    more states than they were tokens, for an encoder that has a tokenizer of its own, is shortened by as many until it fits.
+    more states than they were tokens, for an encoder that has a tokenizer of its own, is shortened until it fits.
     """
     whole = sample.text or "\n".join(sample.captions)
     if not whole.strip():
@@ -212,8 +212,8 @@ def text(interface: Interface, sample: Sample, rng: random.Random, objective: Ob
             yield layout.lay_out(piece, rng, sample.key)
         else:
             document = Document(objective.lay_out(piece, interface, rng), sample.key)
-            while (excess := len(document) - room) > 0 and len(piece) > excess + 1:
-                piece = piece[:-excess]
+            while len(document) > room and len(piece) > 2:
+                piece = piece[: max(2, len(piece) * room // len(document))]
                 document = Document(objective.lay_out(piece, interface, rng), sample.key)
             yield document
         start += len(piece) - 1

@@ -2,9 +2,9 @@
 
     the run's tokens  ->  text  ->  the encoder's own tokens, [CLS] … [SEP]  ->  states, one each
 
-A model that was trained on other tokens than the decoder is read in its own: a layout writes a span as text, half a character at
-a border left out, and the span has as many states as its own tokenizer makes tokens of that. They may be more or fewer than the
-decoder's, and are two more than words in any case.
+A model that was trained on other tokens than the decoder's reads its own: the layout decodes a span, half a character at a
+border is left out, and each token that the encoder's tokenizer makes of the text becomes a state. They may be more than the
+run's tokens, were it only by [CLS] and [SEP], or fewer.
 
 Spans are read one a row, padded: not all families can be told where in a row a text begins.
 
@@ -13,6 +13,8 @@ Shapes: R rows, S positions of a row, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -101,8 +103,8 @@ class TransformersEncoder(Encoder):
         self.processor = make_processor(config.name, self.model)
 
     def forward(self, tokens_RS: Tensor, mask_RS: Tensor) -> Tensor:
-        # transformers looks whether there is padding at all, which on the meta device nobody can know.
-        mask_RS = None if tokens_RS.is_meta else mask_RS
+        if tokens_RS.is_meta:  # where nobody can look for padding, as transformers does in tokens and mask
+            return self.model(inputs_embeds=self.model.get_input_embeddings()(tokens_RS)).last_hidden_state
         return self.model(input_ids=tokens_RS, attention_mask=mask_RS).last_hidden_state
 
     def train(self, mode: bool = True) -> TransformersEncoder:
@@ -129,7 +131,7 @@ def read_config(name: str) -> Any:
 
     try:
         theirs = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of transformers, its checks of values or the Hub, without a common base
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"{name!r} is no folder with a config.json that transformers reads, nor on the Hub ({reason})"
@@ -155,20 +157,37 @@ def make_model(config: TransformersConfig, theirs: Any) -> nn.Module:
         model = AutoModel.from_config(theirs, dtype=torch.float32, trust_remote_code=False)
     else:
         try:
-            model, report = AutoModel.from_pretrained(
-                config.name,
-                config=theirs,
-                dtype=torch.float32,
-                use_safetensors=True,  # a pickle may hold any program
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+            with quiet():
+                model, report = AutoModel.from_pretrained(
+                    config.name,
+                    config=theirs,
+                    dtype=torch.float32,
+                    use_safetensors=True,  # a pickle may hold any program
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                )
         except Exception as error:  # of transformers, safetensors or the Hub, without a common base
             raise ConfigError(f"the weights of {config.name!r} cannot be loaded: {error}") from error
         check_weights(config.name, report)
     if hasattr(model, "pooler"):
         model.pooler = None  # has no part in the states, and would count as trained
     return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' table of heads and poolers, which are left out here on purpose, and its bar, from every rank."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def check_weights(name: str, report: dict) -> None:
