@@ -7,6 +7,8 @@ import json
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -309,7 +311,7 @@ def test_from_file_to_export_which_stands_alone(checkpoint, tmp_path):
     """`metalm train`, then the export in another place, without the checkpoint."""
     source = shutil.copytree(checkpoint, tmp_path / "source")
     path = write_run(tmp_path, "run", published(source, trainable="none"))
-    done = CliRunner().invoke(app, ["train", str(path), "data.workers=1"])
+    done = CliRunner().invoke(app, ["train", str(path)])
     assert done.exit_code == 0, done.output
     original = load(source)
     shutil.rmtree(source)
@@ -326,6 +328,13 @@ def test_from_file_to_export_which_stands_alone(checkpoint, tmp_path):
     assert done.exit_code == 0 and "perplexity" in done.output, done.output
     save_pretrained(model.state_dict(), model, tokenizer, tmp_path / "again")
     assert torch.equal(states(load_pretrained(tmp_path / "again")[0].encoders["text"], SPANS), states(original, SPANS))
+
+
+def test_data_workers_read_with_it(bert, tmp_path):
+    """In a process of its own: this one has threads of tokenizers and progress bars, beside which it should not fork."""
+    verb = [sys.executable, "-m", "metalm", "train", str(write_run(tmp_path, "run", published(bert))), "data.workers=1"]
+    done = subprocess.run(verb, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and (tmp_path / "run/export/text/tokenizer.json").exists(), done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("whole", [True, False])
