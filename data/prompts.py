@@ -81,7 +81,14 @@ class Interface:
         """A span of text, read by the text encoder or the fused one."""
         if self.text is None:
             raise ConfigError("this objective lets an encoder read text: the model needs a text or fused encoder")
-        return self.span(self.text, {"tokens": tokens}, first_target)
+        return self.span(self.text, self.text_inputs(tokens), first_target)
+
+    def text_inputs(self, tokens: list[int]) -> dict:
+        """The tokens, or what they say for an encoder that has a tokenizer of its own: a word each, where an estimate is made
+        without the run's."""
+        if not self.processors[self.text].own_tokens:
+            return {"tokens": tokens}
+        return {"text": self.tokenizer.decode(tokens) if self.tokenizer else "the " * len(tokens)}
 
     def read(self, media: Media, tokens: list[int]) -> Segments:
         """Media, a text, or both, as the model's encoders read them; a fused encoder reads the last image with the text."""
@@ -101,7 +108,7 @@ class Interface:
 
     @property
     def text_room(self) -> int:
-        """Tokens that the encoder of text takes at once."""
+        """Of the run's tokens, how many the encoder of text takes at once."""
         return self.processors[self.text].max_positions if self.text else self.max_length
 
     def encode(self, text: str) -> list[int]:
@@ -189,7 +196,8 @@ def image_text(
 def text(interface: Interface, sample: Sample, rng: random.Random, objective: Objective | None = None) -> Iterator[Document]:
     """A document of text under a text objective, or as the model itself lays out texts.
 
-    One too long for a row becomes several, each of which goes on from the last token of the one before.
+    One too long for a row becomes several, each of which goes on from the last token of the one before. A piece whose spans are
+    more states than they were tokens, for an encoder that has a tokenizer of its own, is shortened until it fits.
     """
     whole = sample.text or "\n".join(sample.captions)
     if not whole.strip():
@@ -197,12 +205,18 @@ def text(interface: Interface, sample: Sample, rng: random.Random, objective: Ob
     tokenizer, layout = interface.tokenizer, interface.layout
     tokens = [tokenizer.start, *tokenizer.encode(whole), tokenizer.document_end]
     room = layout.room(interface.max_length) if layout else interface.max_length
-    for start in range(0, len(tokens) - 1, room - 1):
+    start = 0
+    while start < len(tokens) - 1:
         piece = tokens[start : start + room]
         if layout:
             yield layout.lay_out(piece, rng, sample.key)
         else:
-            yield Document(objective.lay_out(piece, interface, rng), sample.key)
+            document = Document(objective.lay_out(piece, interface, rng), sample.key)
+            while len(document) > room and len(piece) > 2:
+                piece = piece[: max(2, len(piece) * room // len(document))]
+                document = Document(objective.lay_out(piece, interface, rng), sample.key)
+            yield document
+        start += len(piece) - 1
 
 
 def captioning(interface: Interface, sample: Sample, rng: random.Random, captions: int = 1) -> Iterator[Document]:

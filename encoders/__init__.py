@@ -14,6 +14,7 @@ ENCODERS = Registry(
         "log_mel": "metalm.encoders.log_mel:LogMelEncoder",
         "speech": "metalm.encoders.speech:SpeechEncoder",
         "video": "metalm.encoders.video:VideoEncoder",
+        "transformers": "metalm.encoders.transformers_text:TransformersEncoder",
         "timm": "metalm.encoders.timm_tower:TimmEncoder",
         "naflex": "metalm.encoders.naflex:NaFlexEncoder",
         "open_clip": "metalm.encoders.open_clip_tower:OpenClipEncoder",

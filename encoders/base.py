@@ -1,8 +1,9 @@
 """The contract of an encoder: a host-side `Processor` and a device-side `Encoder`.
 
-A span's inputs are a plain dict, `{"image": bytes}`, `{"tokens": [int]}` or both, made by a layout. In the data worker the
-processor says how many states the span will have, loads it (decodes the picture) and collates the spans of a batch; on
-the device the encoder turns the collated tensors into states.
+A span's inputs are a plain dict, `{"image": bytes}`, `{"tokens": [int]}` or both, made by a layout; `{"text": str}` in place of
+tokens where the encoder has a tokenizer of its own. In the data worker the processor says how many states the span will have,
+loads it (decodes the picture) and collates the spans of a batch; on the device the encoder turns the collated tensors into
+states.
 
 Spans that read text are packed into rows like documents in the decoder, so the states of span i need not be row i:
 `Collated.source` says where they are.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +58,7 @@ class Processor(ABC):
     """Host side of an encoder; small and picklable, for it travels to every data worker."""
 
     reads: ClassVar[frozenset[str]]  # of "image", "text"
+    own_tokens: ClassVar[bool] = False  # texts come as such, to be cut by a tokenizer of its own
 
     @abstractmethod
     def num_states(self, inputs: dict) -> int:
@@ -93,6 +96,10 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def layers(self) -> list[nn.Module]:
         """The blocks from input to output, for freezing all but the last n; the final norm counts as the last."""
+
+    def save_files(self, folder: Path) -> None:
+        """Writes what it takes to make the encoder again, beside its configuration and weights, into a folder of the export,
+        which is its configuration's `name` from then on."""
 
 
 @dataclass

@@ -61,7 +61,7 @@ class PretrainedModel(nn.Module):
             raise CheckpointError("an export holds a tokenizer: set `model.tokenizer` to the one that it was trained with")
         weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
         card = self.card or model_card(self, weights, self.tokenizer.size)
-        save_pretrained(weights, self.config, self.tokenizer, folder, card)
+        save_pretrained(weights, self, self.tokenizer, folder, card)
 
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
         """Uploads the model as an export; see `push_export`."""
@@ -91,12 +91,12 @@ def push_export(name: str | Path, repo_id: str, private: bool = False, results: 
     if not (folder / CARD).is_file():
         raise CheckpointError(f"{folder} has no model card ({CARD}): load the model and write it by `save_pretrained`")
     card = (folder / CARD).read_text()
-    files = sorted(path for pattern in PATTERNS for path in folder.glob(pattern) if path.name != CARD)
+    files = sorted(path for pattern in PATTERNS for path in folder.rglob(pattern) if path != folder / CARD)
     fill_in(card, repo_id, results)  # before anything is made on the Hub
     try:
         api = HfApi(library_name="metalm", library_version=metalm.__version__)
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        changes = [CommitOperationAdd(path.name, path) for path in files]
+        changes = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         changes.append(CommitOperationAdd(CARD, fill_in(card, repo.repo_id, results).encode()))
         api.create_commit(repo.repo_id, changes, commit_message=f"METALM {metalm.__version__}")
     except HFValidationError as error:

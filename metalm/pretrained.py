@@ -1,6 +1,8 @@
 """Exports: a folder with `model.safetensors`, `config.json`, `tokenizer.json` and a model card, written by a run and loaded
 anywhere.
 
+An encoder that was made from files has these in a folder of its own name beside them.
+
 A name for an export is its folder, the run that holds it (`RUN/export`), or a Hugging Face Hub id. Whoever wrote it, no pickle
 is loaded: of the Hub only the files of `PATTERNS` are fetched, and a configuration that names other weights loses these names.
 """
@@ -25,6 +27,7 @@ from metalm.models import MODELS
 USE = ("connector", "trainable", "init_from", "dropout", "activation_checkpointing", "combination")
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PATTERNS = ("*.json", "*.safetensors", CARD)  # what an export consists of
+BESIDE = "./"  # before the name of a folder that lies beside config.json
 FOREIGN = "hf:"  # before the name of a checkpoint in Hugging Face's layout, a folder or a Hub id
 
 
@@ -54,25 +57,36 @@ def read_model_config(name: str | Path) -> dict:
 
 
 def read_record(folder: Path) -> dict:
-    """What an export's `config.json` says, but for where to fetch other weights from: a stranger's would be a way in."""
+    """What an export's `config.json` says, with paths for the names of folders beside it; but for where to fetch other weights
+    from: a stranger's would be a way in."""
     record = json.loads((folder / CONFIG).read_text())
     fetch_nothing(record["model"])
+    for part in record["model"].get("encoders", {}).values():
+        if str(part.get("name", "")).startswith(BESIDE):
+            part["name"] = str(folder.resolve() / part["name"])
     return record
 
 
-def save_pretrained(weights: Mapping[str, Tensor], config: Any, tokenizer: Tokenizer, folder: str | Path, card: str) -> None:
+def save_pretrained(
+    weights: Mapping[str, Tensor], model: nn.Module, tokenizer: Tokenizer, folder: str | Path, card: str
+) -> None:
     """Writes an export.
 
     Args:
         weights: the model's state dict, on the CPU and whole.
+        model: says the rest, whatever has become of its own weights.
         card: of `metalm.card.model_card`, or an older one.
     """
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plain = to_plain(config)
+    plain = to_plain(model.config)
     fetch_nothing(plain)
+    for name, encoder in getattr(model, "encoders", {}).items():
+        encoder.save_files(folder / name)
+        if (folder / name).is_dir():
+            plain["encoders"][name]["name"] = BESIDE + name
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
     record = {"metalm_version": metalm.__version__, "tokenizer_fingerprint": tokenizer.fingerprint, "model": plain}
     (folder / CONFIG).write_text(json.dumps(record, indent=1))

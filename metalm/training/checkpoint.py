@@ -125,7 +125,7 @@ def write_export(engine, tokenizer: Tokenizer, config: RunConfig) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             plain = merge_adapters(weights, engine.module.config, adapters) if adapters else weights
             card = model_card(engine.module, plain, tokenizer.size, config)
-            save_pretrained(plain, engine.module.config, tokenizer, partial, card)
+            save_pretrained(plain, engine.module, tokenizer, partial, card)
             if adapters:
                 save_adapters(weights, adapters, partial)
             shutil.rmtree(folder, ignore_errors=True)

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from text_checkpoints import write_checkpoint
 
 from benchmarks.families import WAV2VEC2, WAV2VEC2_LARGE, WAVLM, WAVLM_LARGE
 from metalm.config import build
@@ -27,6 +28,7 @@ CLIP = {"type": "open_clip", "name": "ViT-S-32-alt", "image_size": 64}  # open_c
 SPEECH = {"type": "speech", "chunk_seconds": 0.5}
 CONFIGS = {
     "text": {"type": "text", **SIZE},
+    "BERT": {"type": "transformers", "name": "bert", "pretrained": True},  # a family's name: of a checkpoint that is made
     "two_tower": {"type": "two_tower", **SIZE},
     "causal": {"type": "causal", **SIZE},
     "fused": {"type": "fused", **SIZE, "image_size": 16, "patch_size": 8},
@@ -87,8 +89,15 @@ def make(values: dict) -> Encoder:
 
 
 @pytest.fixture(scope="module")
-def encoders() -> dict[str, Encoder]:
-    return {name: make(values) for name, values in CONFIGS.items()}
+def encoders(tmp_path_factory) -> dict[str, Encoder]:
+    made = {}
+    for name, values in CONFIGS.items():
+        if values["type"] == "transformers":
+            folder = tmp_path_factory.mktemp("checkpoint")
+            write_checkpoint(folder, values["name"])
+            values = values | {"name": str(folder)}
+        made[name] = make(values)
+    return made
 
 
 @pytest.fixture(params=CONFIGS)
@@ -112,7 +121,9 @@ def hiss(seconds: float) -> bytes:
 def some_inputs(encoder: Encoder) -> list[dict]:
     """Spans of every kind that the encoder reads."""
     inputs = []
-    if "text" in encoder.processor.reads:
+    if encoder.processor.own_tokens:
+        inputs += [{"text": "the red dog"}, {"text": " runs"}]
+    elif "text" in encoder.processor.reads:
         inputs += [{"tokens": [1, 2, 3]}, {"tokens": [4]}]
     if "image" in encoder.processor.reads:
         inputs += [{"image": noise(0)}, {"image": noise(1, (20, 30))}]
