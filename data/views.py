@@ -32,24 +32,27 @@ def draw_view(crop: float, mirror: bool, rng: random.Random) -> View:
 class Warp:
     """How a sound's frames are changed, as numbers in [-1, 1] or [0, 1] of which `warp_features` makes so much as there is.
 
-    `pitch` stretches the frequencies, `tempo` the first half of the time against the second; the masks, each with its middle
-    and its width, are overwritten by silence.
+    `pitch` stretches the frequencies, `speed` the time about its middle, `tempo` its first half against its second; `tilt`
+    makes high frequencies louder than low ones; the masks, each with its middle and its width, are overwritten by silence.
     """
 
     pitch: float
+    speed: float
     tempo: float
+    tilt: float
     bands: tuple[float, float]
     times: tuple[float, float]
 
 
 def draw_warp(strength: float, rng: random.Random) -> Warp:
-    """Changes of at most `strength`: 0.2 stretches by a fifth, and overwrites up to a fifth of the bands and of the time.
+    """Changes of at most `strength`: 0.2 stretches by a fifth, tilts by a fifth of the clip's range, and overwrites up to a
+    fifth of the bands and of the time.
 
     Source: SpecAugment (arXiv 1904.08779), with vocal tract length perturbation for its lack of another voice.
     """
-    pitch, tempo = rng.uniform(-strength, strength), rng.uniform(-strength, strength)
+    pitch, speed, tempo, tilt = (rng.uniform(-strength, strength) for _ in range(4))
     bands, times = ((rng.random(), rng.uniform(0, strength)) for _ in range(2))
-    return Warp(pitch, tempo, bands, times)
+    return Warp(pitch, speed, tempo, tilt, bands, times)
 
 
 def warp_features(log_FM: Tensor, warp: Warp) -> Tensor:
@@ -59,8 +62,10 @@ def warp_features(log_FM: Tensor, warp: Warp) -> Tensor:
     time_F = torch.arange(F, dtype=torch.float32)
     bent = half * (1 + warp.tempo)  # where the middle comes from
     time_F = torch.where(time_F <= half, time_F * bent / max(half, 1e-6), bent + (time_F - half) * (2 - bent / max(half, 1e-6)))
+    time_F = half + (time_F - half) * (1 + warp.speed)
     band_M = torch.arange(M, dtype=torch.float32) * (1 + warp.pitch)
     warped = pick(pick(log_FM, time_F).T, band_M).T
+    warped = warped + warp.tilt * (log_FM.max() - log_FM.min()) * torch.linspace(-0.5, 0.5, M)
     silence = warped.min()
     for size, (middle, width), rows in ((F, warp.times, warped), (M, warp.bands, warped.T)):
         start = round((middle - width / 2) * size)

@@ -191,7 +191,7 @@ def test_missing_sounds_are_named_or_skipped(digits, tmp_path):
 
 def test_a_warp_of_nothing_changes_nothing_and_others_keep_the_length():
     log_FM = torch.randn(37, 20, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(warp_features(log_FM, Warp(0, 0, (0.5, 0), (0.5, 0))), log_FM)
+    torch.testing.assert_close(warp_features(log_FM, Warp(0, 0, 0, 0, (0.5, 0), (0.5, 0))), log_FM)
     rng = random.Random(0)
     changed = [warp_features(log_FM, draw_warp(0.3, rng)) for _ in range(50)]
     assert all(one.shape == log_FM.shape and one.isfinite().all() for one in changed)
@@ -201,10 +201,14 @@ def test_a_warp_of_nothing_changes_nothing_and_others_keep_the_length():
 
 def test_a_warp_bends_time_and_frequency():
     frames = torch.arange(101.0)[:, None].expand(101, 10).clone()
-    late = warp_features(frames, Warp(0, 0.2, (0.5, 0), (0.5, 0)))[:, 0]
+    late = warp_features(frames, Warp(0, 0, 0.2, 0, (0.5, 0), (0.5, 0)))[:, 0]
     assert (late[0], late[50], late[100]) == (0, 60, 100)
+    fast = warp_features(frames, Warp(0, 0.2, 0, 0, (0.5, 0), (0.5, 0)))[:, 0]
+    assert (fast[50], fast[60], fast[40], fast[100]) == (50, 62, 38, 100)
+    tilted = warp_features(torch.eye(11), Warp(0, 0, 0, 0.4, (0.5, 0), (0.5, 0)))
+    torch.testing.assert_close(tilted - torch.eye(11), torch.linspace(-0.2, 0.2, 11).expand(11, 11))
     bands = torch.arange(50.0).expand(3, 50).clone()
-    higher = warp_features(bands, Warp(0.2, 0, (0.5, 0), (0.5, 0)))[0]
+    higher = warp_features(bands, Warp(0.2, 0, 0, 0, (0.5, 0), (0.5, 0)))[0]
     assert higher[10] == 12 and higher[-1] == 49
-    gaps = warp_features(torch.ones(40, 40) + torch.eye(40), Warp(0, 0, (0.5, 0.25), (0.25, 0.5)))
+    gaps = warp_features(torch.ones(40, 40) + torch.eye(40), Warp(0, 0, 0, 0, (0.5, 0.25), (0.25, 0.5)))
     assert (gaps[:20] == 1).all() and (gaps[:, 15:25] == 1).all() and gaps[30, 30] == 2

@@ -109,13 +109,34 @@ def test_loudness_is_no_part_of_the_features_and_the_rate_is_the_encoders():
     assert (resampled[5:-5].mean(0).argmax() - loud[5:-5].mean(0).argmax()).abs() <= 1
 
 
+def test_bands_of_mean_0_do_not_hear_a_microphones_colour():
+    clip = 0.1 * torch.randn(8000, generator=torch.Generator().manual_seed(0)) * torch.linspace(0, 1, 8000)
+    dull = torchaudio.functional.lowpass_biquad(clip, 8000, 1000, 0.3)
+
+    def heard(normalize: str) -> list[torch.Tensor]:
+        processor = make({**MEL, "normalize": normalize}).processor
+        return [processor.load({"audio": encode_wav(wave, 8000)})["audio"] for wave in (clip, dull)]
+
+    (clear, muffled), (clear_bands, muffled_bands) = heard("clip"), heard("bands")
+    assert clear_bands.mean(0).abs().max() < 1e-5 and clear.mean(0).abs().max() > 0.1
+    assert (clear_bands - muffled_bands).abs().mean() < 0.5 * (clear - muffled).abs().mean()
+
+
+def test_what_is_60_db_below_the_loudest_is_silence():
+    encoder = make(MEL)
+    wave = torch.cat([0.5 * torch.randn(4000, generator=torch.Generator().manual_seed(0)), torch.zeros(4000)])
+    noise = 1e-5 * torch.randn(8000, generator=torch.Generator().manual_seed(1))
+    silent, hissing = (encoder.processor.load({"audio": encode_wav(x, 8000)})["audio"] for x in (wave, wave + noise))
+    assert (silent[60:] - hissing[60:]).abs().max() < 1e-3 < silent.std()
+
+
 def test_a_view_is_heard_in_training():
     from metalm.data.views import Warp
 
     encoder = make(MEL)
     clip = hiss(8000, 8000)
     plain = encoder.processor.load({"audio": clip})
-    warped = encoder.processor.load({"audio": clip, "view": Warp(0.1, 0.1, (0.5, 0.2), (0.5, 0.2))})
+    warped = encoder.processor.load({"audio": clip, "view": Warp(0.1, 0.1, 0.1, 0.1, (0.5, 0.2), (0.5, 0.2))})
     assert plain["audio"].shape == warped["audio"].shape and not torch.equal(plain["audio"], warped["audio"])
 
 
