@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from benchmarks.text_checkpoints import TEXTS, make_model, save_checkpoint
+
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
 SHAPE |= {"vocab_size": 61, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 60, "pad_token_id": None}
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 60}
@@ -292,6 +294,36 @@ class Speech(Encoder):
         return theirs(loaded["audio"][None])[0].flatten(0, 1), ours(**collated.inputs).flatten(0, 1)[collated.source]
 
 
+@dataclass
+class TextEncoder(Encoder):
+    """An encoder of text of transformers; `family` as in `text_checkpoints.FAMILIES`."""
+
+    family: str
+    kind: ClassVar[str] = "text encoder"
+    format: ClassVar[str] = "transformers, safetensors"
+
+    def make(self) -> nn.Module:
+        return make_model(self.family)
+
+    def save(self, theirs: nn.Module, folder: Path) -> None:
+        save_checkpoint(theirs, self.family, folder)
+
+    def build(self, folder: Path) -> nn.Module:
+        return make_encoder({"type": "transformers", "name": str(folder)})
+
+    def plain(self) -> dict:
+        return {"type": "transformers"}
+
+    def pretrained(self, folder: Path) -> dict:
+        return self.plain() | {"name": str(folder), "pretrained": True}
+
+    def answers(self, theirs: nn.Module, ours: nn.Module) -> tuple[Tensor, Tensor]:
+        loaded = [ours.processor.load({"text": text}) for text in TEXTS[:3]]
+        collated = ours.processor.collate(loaded)
+        states = [theirs(torch.tensor([one["tokens"]])).last_hidden_state[0] for one in loaded]
+        return torch.cat(states), ours(**collated.inputs).flatten(0, 1)[collated.source]
+
+
 def encode(wave_T: Tensor) -> bytes:
     from metalm.data.audio import encode_wav
 
@@ -313,6 +345,12 @@ FAMILIES: list[Family] = [
     TimmTower("ResNet", "resnet18", 64),
     TimmTower("ConvNeXt", "convnext_atto", 64),
     OpenClipTower("CLIP's ViT", "ViT-S-32-alt", 64),
+    TextEncoder("BERT, MiniLM", "bert"),
+    TextEncoder("RoBERTa", "roberta"),
+    TextEncoder("XLM-R", "xlm-roberta"),
+    TextEncoder("ELECTRA", "electra"),
+    TextEncoder("DeBERTa-v3", "deberta-v2"),
+    TextEncoder("MPNet", "mpnet"),
     Speech("wav2vec 2.0", "wav2vec2_model", WAV2VEC2),
     Speech("HuBERT", "hubert_base"),
     Speech("WavLM", "wavlm_model", WAVLM),

@@ -9,9 +9,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from text_checkpoints import write_checkpoint
 
 from benchmarks.families import WAV2VEC2, WAV2VEC2_LARGE, WAVLM, WAVLM_LARGE
+from benchmarks.text_checkpoints import write_checkpoint
 from metalm.config import build
 from metalm.data.audio import encode_wav
 from metalm.encoders import ENCODERS

@@ -16,9 +16,9 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file, save_file
-from text_checkpoints import FAMILIES, TEXTS, write_checkpoint
 from typer.testing import CliRunner
 
+from benchmarks.text_checkpoints import FAMILIES, TEXTS, write_checkpoint
 from metalm.cli import app
 from metalm.config import build, find_config
 from metalm.data.prompts import Interface, text

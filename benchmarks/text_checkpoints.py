@@ -59,20 +59,36 @@ def make_tokenizer(kind: str, special: list[str], name: str):
     return getattr(transformers, f"{name}TokenizerFast")(**arguments)
 
 
-def write_checkpoint(folder: Path, family: str, head: str = "Model", **shape):
-    """Random weights of a family with its tokenizer, saved; returns the model, in evaluation mode.
+def make_model(family: str, head: str = "Model", **shape):
+    """Random weights of a family, in evaluation mode.
 
     Args:
         head: what its class is called after the family: `Model`, or `ForMaskedLM`, whose encoder has a prefix in the file.
     """
-    name, kind, special, more = FAMILIES[family]
-    tokenizer = make_tokenizer(kind, special, "Bert" if name == "Electra" else name)
-    tokenizer.save_pretrained(folder)
+    name, _, _, more = FAMILIES[family]
+    tokenizer = family_tokenizer(family)
     config = getattr(transformers, f"{name}Config")(**SHAPE | more | {"vocab_size": len(tokenizer)} | shape)
     config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}{head}")(config)
     for parameter in model.parameters():  # biases and norms that do nothing would prove nothing
         torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
     return model.eval()
+
+
+def family_tokenizer(family: str):
+    name, kind, special, _ = FAMILIES[family]
+    return make_tokenizer(kind, special, "Bert" if name == "Electra" else name)
+
+
+def save_checkpoint(model, family: str, folder: Path) -> None:
+    """Writes a model with its family's tokenizer."""
+    family_tokenizer(family).save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def write_checkpoint(folder: Path, family: str, head: str = "Model", **shape):
+    """Random weights of a family with its tokenizer, saved; returns the model, in evaluation mode."""
+    model = make_model(family, head, **shape)
+    save_checkpoint(model, family, folder)
+    return model
