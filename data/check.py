@@ -1,9 +1,9 @@
 """Lint of a data set: reads every shard, decodes every picture, and says what training would trip over.
 
 Found: shards that are no tar, empty, or cut short; samples whose annotation does not parse, that have no text, or whose
-picture does not decode (a truncated JPEG; damage inside a JPEG's data that the decoder can draw over is not noticed);
-keys used twice; an index.json that does not fit; too few shards for the processes that are to read them. Cost: one
-decoding of every picture, a shard a thread; the keys of all samples are held in memory.
+pictures, sound or film do not decode (a truncated JPEG; damage inside a JPEG's data that the decoder can draw over is not
+noticed); keys used twice; an index.json that does not fit; too few shards for the processes that are to read them. Cost: one
+decoding of everything, a shard a thread; the keys of all samples are held in memory.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from metalm.data.audio import decode_audio, num_samples
 from metalm.data.sample import Sample, sample_from_members
 from metalm.data.shards import INDEX, list_shards, read_members
-from metalm.errors import DataError
+from metalm.data.video import decode_frames
+from metalm.errors import ConfigError, DataError
 
 SMALL_SIDE = 8  # pixels
 LONG_ASPECT = 20  # longer to shorter side
+RATE = 8000  # at which sounds are decoded
+FRAMES = 4  # of a film, up to its last
 SHOWN = 20  # problems printed
 
 
@@ -49,6 +53,8 @@ class ShardContent:
     questions: int = 0
     image_sizes: list[tuple[int, int]] = field(default_factory=list)
     image_bytes: list[int] = field(default_factory=list)
+    sound_seconds: list[float] = field(default_factory=list)
+    films: int = 0
     caption_words: list[int] = field(default_factory=list)
     problems: list[Finding] = field(default_factory=list)
     oddities: list[Finding] = field(default_factory=list)
@@ -76,7 +82,7 @@ class Spread:
 class CheckReport:
     """What a data set holds, its problems, which training would trip over or skip, and its oddities, worth a look.
 
-    Widths and heights are in pixels; captions are counted in words.
+    Widths and heights are in pixels, sounds in seconds; captions are counted in words.
     """
 
     ranks: int
@@ -84,12 +90,15 @@ class CheckReport:
     shards: int
     samples: int
     images: int
+    sounds: int
+    films: int
     captions: int
     texts: int
     questions: int
     image_width: Spread | None
     image_height: Spread | None
     image_bytes: Spread | None
+    sound_seconds: Spread | None
     caption_words: Spread | None
     problems: list[Finding]
     oddities: list[Finding]
@@ -106,9 +115,9 @@ class CheckReport:
         from rich.text import Text
 
         table = Table(title="shards", show_header=False)
-        for name in ("shards", "samples", "images", "captions", "texts", "questions"):
+        for name in ("shards", "samples", "images", "sounds", "films", "captions", "texts", "questions"):
             table.add_row(name, f"{getattr(self, name):,}")
-        for name in ("image_width", "image_height", "image_bytes", "caption_words"):
+        for name in ("image_width", "image_height", "image_bytes", "sound_seconds", "caption_words"):
             if getattr(self, name):
                 table.add_row(f"{name.replace('_', ' ')}, min / median / max", str(getattr(self, name)))
         lines = [Text(line, style) for line, style in self._lines()]
@@ -142,6 +151,7 @@ def check_shards(spec: str | list[str], ranks: int = 1, workers: int = 1) -> Che
     samples = sum(len(content.keys) for content in contents)
     sizes = [size for content in contents for size in content.image_sizes]
     image_bytes = [size for content in contents for size in content.image_bytes]
+    seconds = [length for content in contents for length in content.sound_seconds]
     words = [count for content in contents for count in content.caption_words]
     index_problems, index_oddities = _check_index([spec] if isinstance(spec, str) else spec, contents)
     return CheckReport(
@@ -150,12 +160,15 @@ def check_shards(spec: str | list[str], ranks: int = 1, workers: int = 1) -> Che
         shards=len(urls),
         samples=samples,
         images=len(image_bytes),
+        sounds=len(seconds),
+        films=sum(content.films for content in contents),
         captions=len(words),
         texts=sum(content.texts for content in contents),
         questions=sum(content.questions for content in contents),
         image_width=Spread.of(width for width, _ in sizes),
         image_height=Spread.of(height for _, height in sizes),
         image_bytes=Spread.of(image_bytes),
+        sound_seconds=Spread.of(seconds),
         caption_words=Spread.of(words),
         problems=[finding for content in contents for finding in content.problems]
         + _duplicate_keys(contents)
@@ -166,7 +179,7 @@ def check_shards(spec: str | list[str], ranks: int = 1, workers: int = 1) -> Che
 
 
 def check_shard(url: str) -> ShardContent:
-    """Reads one shard to its end and decodes its pictures."""
+    """Reads one shard to its end and decodes its pictures, sounds and films."""
     content = ShardContent(url)
     members = read_members(url)
     while True:
@@ -203,19 +216,33 @@ def _check_sample(sample: Sample, content: ShardContent) -> None:
     for question in sample.questions:
         if not question.answers and not question.soft_answers:
             oddity(f"question {question.id!r} has no answer: it can be asked, but not be trained on or scored")
-    if sample.image is None:
-        return
-    content.image_bytes.append(len(sample.image))
-    try:
-        width, height = _decode(sample.image)
-    except DataError as error:
-        problem(str(error))
-        return
-    content.image_sizes.append((width, height))
-    if min(width, height) < SMALL_SIDE:
-        oddity(f"the image is tiny ({width} x {height} pixels)")
-    if max(width, height) > LONG_ASPECT * min(width, height):
-        oddity(f"the image is very long ({width} x {height} pixels)")
+    for kind, data in sample.media:
+        try:
+            if kind == "image":
+                content.image_bytes.append(len(data))
+                width, height = _decode(data)
+                content.image_sizes.append((width, height))
+                if min(width, height) < SMALL_SIDE:
+                    oddity(f"the image is tiny ({width} x {height} pixels)")
+                if max(width, height) > LONG_ASPECT * min(width, height):
+                    oddity(f"the image is very long ({width} x {height} pixels)")
+            elif kind == "audio":
+                content.sound_seconds.append(_seconds(data))
+            else:
+                content.films += 1
+                decode_frames(data, FRAMES)
+        except DataError as error:
+            problem(str(error))
+        except ConfigError as error:  # PyAV is not installed
+            oddity(f"the film was not opened: {error}")
+
+
+def _seconds(data: bytes) -> float:
+    """The length of a sound that decodes to its last sample."""
+    found, announced = len(decode_audio(data, RATE)), num_samples(data, RATE)
+    if found != announced:
+        raise DataError(f"a sound that breaks off: {found / RATE:.1f} of {announced / RATE:.1f} seconds are there")
+    return found / RATE
 
 
 def _decode(data: bytes) -> tuple[int, int]:

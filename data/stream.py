@@ -133,6 +133,9 @@ def check_fits(source: SourceConfig, interface: Interface) -> None:
         raise ConfigError(f"{source.shards}: loss_weight is for the model 'metalm'")
     if source.task in ("classification", "tagging", "seq2seq") and not own:
         raise ConfigError(f"{source.shards}: the task {source.task!r} is for a model of its own, see metalm.models")
+    reader = interface.readers.get("audio") if source.perturb else None
+    if reader and not getattr(interface.processors[reader], "warps", False):
+        raise ConfigError(f"{source.shards}: perturb changes log-mel bands, and the encoder {reader!r} reads waves")
     if source.task == "text" and not interface.layout and not source.objective:
         raise ConfigError(f"{source.shards}: the task text needs an objective, one of: {', '.join(OBJECTIVES.names())}")
 

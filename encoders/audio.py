@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class AudioProcessor(Processor):
     chunk: int
     shortest: int
     reads = frozenset({"audio"})
+    warps: ClassVar[bool] = False  # whether a `Warp` changes what is read
 
     def __post_init__(self):
         if self.chunk < self.shortest:

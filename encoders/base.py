@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from metalm.config import plugin
 from metalm.connectors import CONNECTORS
+from metalm.errors import ConfigError
 from metalm.nn.freezing import Trainable
 from metalm.nn.packing import pack
 
@@ -100,6 +101,17 @@ class Encoder(nn.Module, ABC):
     def save_files(self, folder: Path) -> None:
         """Writes what it takes to make the encoder again, beside its configuration and weights, into a folder of the export,
         which is its configuration's `name` from then on."""
+
+
+def layers_up_to(layers: nn.ModuleList, layer: int, name: str) -> nn.ModuleList:
+    """The layers of the model `name` up to the one that is to be read: the n-th, or counted from the end, -1 being the last.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    if not 1 <= abs(layer) <= len(layers):
+        raise ConfigError(f"layer {layer}: {name} has {len(layers)} layers")
+    return layers[: layer if layer > 0 else len(layers) + 1 + layer]
 
 
 @dataclass

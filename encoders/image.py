@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metalm.data.images import decode_image, picture_size
 from metalm.data.tiles import decode_tiles, tile_grid
@@ -65,8 +65,8 @@ class TowerConfig(EncoderConfig):
 
     Attributes:
         image_size: 0 is the model's own; position embeddings are resized to another.
-        layer: whose states are read: -1 is the last, with the norm after it; -2 the one before, which LLaVA reads of CLIP. What
-            comes after is left out of the model.
+        layer: whose states are read, as they are: the n-th, or -2 for the one before the last, which LLaVA reads of CLIP. What
+            comes after is left out of the model. 0 is the last with the norm after it.
         tiles: so many at most, beside the picture as a whole, where it is larger than `image_size`: a picture takes up to
             1 + `tiles` times the positions.
         activation_checkpointing: layers are run again in the backward pass instead of being remembered.
@@ -74,27 +74,15 @@ class TowerConfig(EncoderConfig):
 
     name: str
     image_size: int = 0
-    layer: int = -1
+    layer: int = 0
     tiles: int = 1
     activation_checkpointing: bool = False
 
     def __post_init__(self):
-        if self.layer >= 0:
-            raise ConfigError(f"layer {self.layer} is counted from the end: -1 is the last, -2 the one before")
         if self.tiles < 1:
             raise ConfigError(f"tiles is {self.tiles}, it must be at least 1")
         if self.tiles > 1 and getattr(self.connector, "type", "") in SQUARE:
             raise ConfigError(f"connector {self.connector.type} reads a square of states, which a picture in tiles has not")
-
-    def keep(self, blocks: nn.ModuleList) -> nn.ModuleList:
-        """The blocks up to `layer`.
-
-        Raises:
-            ConfigError: there are not so many.
-        """
-        if -self.layer > len(blocks):
-            raise ConfigError(f"layer {self.layer}: {self.name!r} has {len(blocks)} layers")
-        return blocks[: len(blocks) + 1 + self.layer]
 
 
 class ImageTower(Encoder):

@@ -78,6 +78,7 @@ def states_of(frames: int) -> int:
 @dataclass
 class LogMelProcessor(AudioProcessor):
     config: LogMelConfig
+    warps = True
 
     def frames_of(self, samples: int) -> int:
         return self.config.frames_of(samples)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from metalm.encoders.base import layers_up_to
 from metalm.encoders.image import ImageProcessor, ImageTower, TowerConfig
 from metalm.errors import ConfigError
 from metalm.registry import did_you_mean
@@ -51,8 +52,9 @@ class OpenClipEncoder(ImageTower):
             raise ConfigError(f"open_clip tower {config.name!r} is no plain ViT; for timm towers use type: timm")
         visual.output_tokens = True
         visual.proj = None  # projects the pooled vector only, which is not used
-        if config.layer != -1:
-            visual.transformer.resblocks, visual.ln_post = config.keep(visual.transformer.resblocks), nn.Identity()
+        if config.layer:
+            visual.transformer.resblocks = layers_up_to(visual.transformer.resblocks, config.layer, config.name)
+            visual.ln_post = nn.Identity()
         if config.activation_checkpointing:
             visual.set_grad_checkpointing()
         self.model = visual

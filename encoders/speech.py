@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metalm.encoders.audio import AudioProcessor
-from metalm.encoders.base import Encoder, EncoderConfig
+from metalm.encoders.base import Encoder, EncoderConfig, layers_up_to
 from metalm.errors import ConfigError
 from metalm.registry import did_you_mean
 
@@ -68,14 +68,12 @@ class SpeechEncoder(Encoder):
         super().__init__()
         self.model = make_speech_model(config)
         transformer = self.model.encoder.transformer
-        if not 0 <= config.layer <= len(transformer.layers):
-            raise ConfigError(f"layer {config.layer}: {config.name} has {len(transformer.layers)} layers")
         convolutions = self.model.feature_extractor.conv_layers
         over_time = isinstance(convolutions[0].layer_norm, nn.GroupNorm)
         self.reads_apart = over_time or hasattr(transformer.layers[0].attention, "rel_attn_embed")
         self.norm_at_end = not transformer.layer_norm_first  # torchaudio's flag says where the norm of the whole stack is
         if config.layer:
-            transformer.layers = transformer.layers[: config.layer]
+            transformer.layers = layers_up_to(transformer.layers, config.layer, config.name)
             if self.norm_at_end:
                 transformer.layer_norm = nn.Identity()
         kernels = [(c.kernel_size, c.stride) for c in convolutions]

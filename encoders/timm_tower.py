@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from metalm.encoders.base import layers_up_to
 from metalm.encoders.image import ImageProcessor, ImageTower, TowerConfig
 from metalm.errors import ConfigError
 from metalm.registry import did_you_mean
@@ -57,7 +58,7 @@ class TimmEncoder(ImageTower):
         size = config.image_size or data["input_size"][-1]
         self.convolutional = not hasattr(self.model, "patch_embed")
         if self.convolutional:
-            if config.layer != -1:
+            if config.layer:
                 raise ConfigError(f"layer {config.layer}: of a convolutional network, {config.name!r}, the last map is read")
             self.model.head = nn.Identity()
             with torch.no_grad():
@@ -65,8 +66,9 @@ class TimmEncoder(ImageTower):
                 num_states = copy.deepcopy(self.model).to("meta").eval().forward_features(pixels)[0, 0].numel()
         elif hasattr(self.model.patch_embed, "num_patches") and hasattr(self.model, "blocks"):
             self.model.fc_norm = nn.Identity()
-            if config.layer != -1:
-                self.model.blocks, self.model.norm = config.keep(self.model.blocks), nn.Identity()
+            if config.layer:
+                self.model.blocks = layers_up_to(self.model.blocks, config.layer, config.name)
+                self.model.norm = nn.Identity()
             num_states = self.model.patch_embed.num_patches
         else:
             raise ConfigError(

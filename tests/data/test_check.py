@@ -8,12 +8,15 @@ import tarfile
 
 import numpy as np
 import pytest
+import soundfile
+import torch
 from PIL import Image
 from rich.console import Console
 
 from metalm.data.check import CheckReport, check_shards
 from metalm.data.sample import Question, Sample
 from metalm.data.shards import write_shards
+from metalm.encoders.video import black_film
 from metalm.errors import DataError
 
 
@@ -21,6 +24,12 @@ def jpeg(width=32, height=24) -> bytes:
     out = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(noise).save(out, "JPEG")
+    return out.getvalue()
+
+
+def flac(wave_T: torch.Tensor) -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, wave_T.numpy(), 8000, format="FLAC")
     return out.getvalue()
 
 
@@ -89,6 +98,28 @@ def test_broken_samples_are_named(tmp_path):
     assert "unreadable annotation" in found["torn"]
     assert "neither a picture, a sound or a film nor text" in found["void"]
     assert f"{tmp_path}/bad.tar: sample 'torn'" in render(report)
+
+
+def test_sounds_films_and_further_pictures_are_opened(tmp_path):
+    sound, film = flac(torch.rand(12_000)), black_film()
+    whole = [
+        Sample("heard", audio=sound, captions=["a tone"]),
+        Sample("seen", video=film, captions=["a film"]),
+        Sample("two", jpeg(), ["two pictures"], more_images=[jpeg()]),
+    ]
+    write_shards(whole, tmp_path / "whole", samples_per_shard=2)
+    report = check_shards(str(tmp_path / "whole"))
+    assert report.ok and (report.images, report.sounds, report.films) == (2, 1, 1)
+    assert report.sound_seconds.max == 1.5 and "sound seconds" in render(report)
+    torn = [
+        Sample("heard", audio=sound[: len(sound) // 2], captions=["a tone"]),
+        Sample("seen", video=film[: len(film) // 2], captions=["a film"]),
+        Sample("two", jpeg(), ["two pictures"], more_images=[jpeg()[:200]]),
+    ]
+    write_shards(torn, tmp_path / "torn", samples_per_shard=2)
+    found = findings(check_shards(str(tmp_path / "torn")))
+    assert "sound" in found["heard"]
+    assert "film" in found["seen"] and "does not decode" in found["two"]
 
 
 @pytest.mark.parametrize("size, word", [((1, 1), "tiny"), ((20_000, 20), "very long")])

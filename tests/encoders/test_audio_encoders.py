@@ -8,7 +8,13 @@ import torchaudio
 
 from benchmarks.families import WAV2VEC2, WAV2VEC2_LARGE, WAVLM, WAVLM_LARGE
 from metalm.config import build
+from metalm.connectors.base import ConnectorConfig
 from metalm.data.audio import encode_wav
+from metalm.data.prompts import Interface
+from metalm.data.sample import Sample
+from metalm.data.shards import write_shards
+from metalm.data.stream import DataConfig, PackedStream
+from metalm.data.tokenizer import Tokenizer
 from metalm.encoders import ENCODERS
 from metalm.encoders.base import Encoder
 from metalm.errors import ConfigError
@@ -170,3 +176,17 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     torch.save(torchaudio.models.wav2vec2_model(**WAV2VEC2 | {"encoder_num_layers": 2}).state_dict(), tmp_path / "two.pth")
     with pytest.raises(ConfigError, match="are not those of wav2vec2_model"):
         speech(pretrained=str(tmp_path / "two.pth"))
+
+
+def test_waves_are_not_perturbed(tmp_path):
+    write_shards([Sample("a", audio=hiss(4000), captions=["hiss"])], tmp_path, samples_per_shard=1)
+    source = {"shards": str(tmp_path), "task": "captioning", "perturb": 0.2}
+    data = build(DataConfig, {"train": [source], "workers": 0}, "test")
+    tokenizer = Tokenizer.train(["hiss"], 280)
+    for encoder in (make(MEL), speech()):
+        interface = Interface(tokenizer, {"ear": encoder.processor}, {"ear": ConnectorConfig("linear")}, 256)
+        if encoder.processor.warps:
+            assert next(iter(PackedStream(data.train, interface, data))).num_targets > 0
+        else:
+            with pytest.raises(ConfigError, match="the encoder 'ear' reads waves"):
+                PackedStream(data.train, interface, data)

@@ -52,9 +52,11 @@ def read(encoder, *pictures: bytes, **inputs) -> Tensor:
     return encoder(**collated.inputs).flatten(0, 1)[collated.source]
 
 
-@pytest.mark.parametrize("values, block", [(VIT, "blocks.1"), (CLIP, "transformer.resblocks.10")])
-def test_a_layer_before_the_last_is_read_without_the_norm(values, block):
-    whole, cut = make(values), make(values, layer=-2)
+@pytest.mark.parametrize(
+    "values, layer, block", [(VIT, -2, "blocks.1"), (VIT, 2, "blocks.1"), (CLIP, -2, "transformer.resblocks.10")]
+)
+def test_a_layer_before_the_last_is_read_without_the_norm(values, layer, block):
+    whole, cut = make(values), make(values, layer=layer)
     seen = []
     whole.model.get_submodule(block).register_forward_hook(lambda module, inputs, out: seen.append(out))
     with torch.no_grad():
@@ -172,8 +174,8 @@ def test_one_name_stands_for_a_pretrained_tower():
 @pytest.mark.parametrize(
     "values, message",
     [
-        (VIT | {"layer": 1}, "layer 1 is counted from the end"),
-        (VIT | {"layer": -4}, "layer -4: 'vit_tiny_patch16_224' has 3 layers"),
+        (VIT | {"layer": 4}, "layer 4: vit_tiny_patch16_224 has 3 layers"),
+        (VIT | {"layer": -4}, "layer -4: vit_tiny_patch16_224 has 3 layers"),
         (RESNET | {"layer": -2}, "of a convolutional network, 'resnet10t', the last map is read"),
         (VIT | {"tiles": 0}, "tiles is 0"),
         (VIT | {"tiles": 2, "connector": {"type": "pixel_shuffle"}}, "pixel_shuffle reads a square of states"),
