@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from metalm.encoders.text import TextEncoder, TextEncoderConfig
-from metalm.nn.attention import Mask, all_of, causal, same_document
+from metalm.nn.attention import Mask, all_of, causal, same_document, within
 
 
 @dataclass(kw_only=True)
@@ -36,5 +36,6 @@ class CausalEncoder(TextEncoder):
 
     def forward(self, tokens_RS: Tensor, span_RS: Tensor, position_RS: Tensor) -> Tensor:
         R, S = tokens_RS.shape
-        mask = Mask(all_of(causal, same_document(span_RS)), R, S, S, tokens_RS.device)
+        predicate = all_of(causal, same_document(span_RS), within(position_RS, self.window))
+        mask = Mask(predicate, R, S, S, tokens_RS.device)
         return self.transformer(self.embedding(tokens_RS) * self.scale, position_RS, mask)

@@ -10,18 +10,27 @@ from torch import Tensor, nn
 
 from metalm.encoders.base import Collated, Encoder, EncoderConfig, Processor, pack_spans
 from metalm.errors import ConfigError, DataError
-from metalm.nn.attention import Mask, same_document
+from metalm.nn.attention import Mask, all_of, same_document, within
 from metalm.nn.transformer import Transformer, TransformerConfig, init_weights
 
 
 @dataclass(kw_only=True)
 class TextEncoderConfig(TransformerConfig, EncoderConfig):
-    """A stack with a vocabulary (0: the tokenizer's); spans longer than `max_positions` are refused."""
+    """A stack with a vocabulary (0: the tokenizer's); spans longer than `max_positions` are refused.
+
+    A state sees those less than `window` positions away (0: all).
+    """
 
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
     relative_bias: bool = True
     max_positions: int = 512
     vocab_size: int = 0
+    window: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.window < 0:
+            raise ConfigError(f"window is {self.window}, it must be positive, or 0 for none")
 
 
 @dataclass
@@ -63,7 +72,7 @@ class TextEncoder(Encoder):
         super().__init__()
         if config.vocab_size < 1:
             raise ConfigError("the text encoder's vocab_size is not set and there is no tokenizer to take it from")
-        self.width = config.width
+        self.width, self.window = config.width, config.window
         self.processor = TextProcessor(config.max_positions)
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         init_weights(self.embedding)
@@ -71,7 +80,7 @@ class TextEncoder(Encoder):
 
     def forward(self, tokens_RS: Tensor, span_RS: Tensor, position_RS: Tensor) -> Tensor:
         R, S = tokens_RS.shape
-        mask = Mask(same_document(span_RS), R, S, S, tokens_RS.device)
+        mask = Mask(all_of(same_document(span_RS), within(position_RS, self.window)), R, S, S, tokens_RS.device)
         return self.transformer(self.embedding(tokens_RS), position_RS, mask)
 
     def layers(self) -> list[nn.Module]:

@@ -20,7 +20,7 @@ from metalm.encoders import ENCODERS
 from metalm.errors import ConfigError
 from metalm.fusion import Fusion, FusionConfig
 from metalm.hub import PretrainedModel
-from metalm.nn.attention import KVCache, Mask, all_of, causal, same_branch, same_document
+from metalm.nn.attention import KVCache, Mask, all_of, causal, same_branch, same_document, within
 from metalm.nn.freezing import set_trainable
 from metalm.nn.losses import weighted_cross_entropy
 from metalm.nn.transformer import Attends
@@ -125,7 +125,8 @@ class MetaLM(PretrainedModel):
     def attention(self, batch: Batch) -> Mask | Attends:
         """What the batch's positions see of each other."""
         B, T = batch.tokens_BT.shape
-        predicate = all_of(causal, same_document(batch.document_BT), same_branch(batch.branch_BT))
+        near = within(batch.position_BT, self.config.decoder.window)
+        predicate = all_of(causal, same_document(batch.document_BT), same_branch(batch.branch_BT), near)
         return Mask(predicate, B, T, T, batch.tokens_BT.device)
 
     def num_predictions(self, batch: Batch) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metalm.errors import ConfigError
 from metalm.model import MetaLM
-from metalm.nn.attention import KVCache, Mask, all_of, causal, same_document
+from metalm.nn.attention import KVCache, Mask, all_of, causal, same_document, within
 from metalm.segments import Document, load_spans, make_batch
 
 
@@ -59,24 +59,24 @@ class Decoding:
         self.logits_BV = model.decoder.logits(hidden[:, -1]).float()
         new = torch.ones(B, max_new_tokens, dtype=torch.long, device=device)
         self.document_BK = torch.cat([batch.document_BT, new], dim=1)
-        self.position_B = batch.position_BT[:, -1]
+        self.position_BK = torch.cat([batch.position_BT, batch.position_BT[:, -1:] + new.cumsum(1)], dim=1)
         if beams > 1:
             self.reorder(torch.arange(B, device=device).repeat_interleave(beams))
 
     def reorder(self, rows: Tensor) -> None:
         """Row b becomes old row `rows[b]`."""
         self.cache.reorder(rows)
-        self.document_BK, self.position_B = self.document_BK[rows], self.position_B[rows]
+        self.document_BK, self.position_BK = self.document_BK[rows], self.position_BK[rows]
         self.logits_BV = self.logits_BV[rows]
 
     def step(self, tokens_B: Tensor) -> None:
         """Feeds one token a row; `logits_BV` then predicts the next."""
-        self.position_B = self.position_B + 1
         K = self.cache.length + 1
-        predicate = all_of(causal, same_document(self.document_BK))
+        near = within(self.position_BK, self.model.config.decoder.window)
+        predicate = all_of(causal, same_document(self.document_BK), near)
         mask = Mask(predicate, len(tokens_B), 1, K, tokens_B.device, first_query=K - 1)
         x_B1D = self.model.decoder.embed(tokens_B[:, None])
-        hidden = self.model.decoder(x_B1D, self.position_B[:, None], mask, self.cache)
+        hidden = self.model.decoder(x_B1D, self.position_BK[:, K - 1 : K], mask, self.cache)
         self.logits_BV = self.model.decoder.logits(hidden[:, -1]).float()
 
 

@@ -124,7 +124,8 @@ class Readings:
         """A row sees its slots up to the query's own; and looks across where it is asked to."""
         (R, T), end = position_RT.shape, self.cache.end
         keys = 2 * end if self.synchronous else end
-        own = Mask(lambda b, h, q, k: k <= position_RT[b, q], R, T, keys, self.device)
+        window = self.model.config.decoder.window or end
+        own = Mask(lambda b, h, q, k: (k <= position_RT[b, q]) & (k > position_RT[b, q] - window), R, T, keys, self.device)
         if not self.synchronous:
             return own
 

@@ -129,8 +129,8 @@ ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu"
 
 
 def read_llama(config: Any) -> dict:
-    """Rotation, head width and biases. A sliding window becomes `max_positions`: a text within it is read as without, and a
-    longer one is not what the model was made for."""
+    """Rotation, head width, biases, and a sliding window. One in some layers alone becomes `max_positions`: a text within it is
+    read as without, and a longer one is not what the model was made for."""
     rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
@@ -145,16 +145,22 @@ def read_llama(config: Any) -> dict:
     scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     if kind == "linear":
         scaling = ("factor",)
-    window = (
-        config.sliding_window if getattr(config, "use_sliding_window", True) and hasattr(config, "sliding_window") else None
-    )
     return {
         "mlp": GATES[activation],
         "head_width": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         "rotary_base": rope["rope_theta"],
         "rotary_scaling": None if kind == "default" else {name: float(rope[name]) for name in scaling if rope.get(name)},
-        "max_positions": min(config.max_position_embeddings, window or config.max_position_embeddings),
+        **read_window(config),
     }
+
+
+def read_window(config: Any) -> dict:
+    longest = config.max_position_embeddings
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if not window or window >= longest:
+        return {"max_positions": longest, "window": 0}
+    everywhere = set(getattr(config, "layer_types", None) or ["sliding_attention"]) == {"sliding_attention"}
+    return {"max_positions": longest, "window": window} if everywhere else {"max_positions": window, "window": 0}
 
 
 def write_llama(config: DecoderConfig) -> dict:
@@ -186,20 +192,24 @@ def write_gpt2(config: DecoderConfig) -> dict:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", ROTARY, LLAMA_SIZES, llama_rules(), read_llama, write_llama),
+    "llama": Family("LlamaForCausalLM", ROTARY | {"window": 0}, LLAMA_SIZES, llama_rules(), read_llama, write_llama),
     "mistral": Family(
         "MistralForCausalLM",
         ROTARY,
         LLAMA_SIZES,
         llama_rules(),
         read_llama,
-        lambda c: write_llama(c) | {"sliding_window": None},
+        lambda c: write_llama(c) | {"sliding_window": c.window or None},
     ),
-    "qwen2": Family("Qwen2ForCausalLM", ROTARY | {"qkv_bias": True}, LLAMA_SIZES, llama_rules(), read_llama, write_llama),
-    "qwen3": Family("Qwen3ForCausalLM", ROTARY | {"qk_norm": True}, LLAMA_SIZES, llama_rules(), read_llama, write_llama),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", ROTARY | {"qkv_bias": True, "window": 0}, LLAMA_SIZES, llama_rules(), read_llama, write_llama
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", ROTARY | {"qk_norm": True, "window": 0}, LLAMA_SIZES, llama_rules(), read_llama, write_llama
+    ),
     "gemma": Family(
         "GemmaForCausalLM",
-        ROTARY | {"mlp": "geglu_tanh", "scaled": True},
+        ROTARY | {"mlp": "geglu_tanh", "scaled": True, "window": 0},
         LLAMA_SIZES,
         llama_rules(norm_offset=1.0),
         read_llama,
@@ -207,7 +217,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": Family(
         "GPT2LMHeadModel",
-        {"norm": "layer", "positions": "learned", "bias": True, "qkv_bias": None, "qk_norm": False, "scaled": False},
+        {
+            "norm": "layer",
+            "positions": "learned",
+            "bias": True,
+            "qkv_bias": None,
+            "qk_norm": False,
+            "scaled": False,
+            "window": 0,
+        },
         GPT2_SIZES,
         gpt2_rules(),
         read_gpt2,
@@ -340,7 +358,7 @@ def family_of(config: DecoderConfig) -> tuple[str, Family]:
             return name, family
     raise CheckpointError(
         f"no family of the ecosystem has this decoder's choices (norm {config.norm}, positions {config.positions}, mlp "
-        f"{config.mlp}, bias {config.bias}); it can be written as {', '.join(FAMILIES)}"
+        f"{config.mlp}, bias {config.bias}, window {config.window}); it can be written as {', '.join(FAMILIES)}"
     )
 
 

@@ -36,7 +36,21 @@ def same_branch(branch_BT: Tensor) -> Predicate:
     return lambda b, h, q, k: (branch_BT[b, k] == 0) | (branch_BT[b, q] == branch_BT[b, k])
 
 
+def everywhere(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """A query sees all keys; `all_of` leaves it out."""
+    return k >= 0
+
+
+def within(position_BT: Tensor, window: int) -> Predicate:
+    """A query sees keys less than `window` positions away; all, where it is 0."""
+    if not window:
+        return everywhere
+    return lambda b, h, q, k: (position_BT[b, q] - position_BT[b, k]).abs() < window
+
+
 def all_of(*predicates: Predicate) -> Predicate:
+    predicates = tuple(predicate for predicate in predicates if predicate is not everywhere)
+
     def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         allowed = predicates[0](b, h, q, k)
         for other in predicates[1:]:

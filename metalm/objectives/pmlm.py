@@ -73,6 +73,8 @@ class PMLMConfig(EncoderModelConfig):
         if not (self.ae or self.par):
             raise ConfigError("ae and par are both false: nothing is left to learn")
         self.check_pretraining("text")
+        if self.encoder.window:
+            raise ConfigError("encoder.window: pseudo masks see the whole text, a window is for what docks or reads it")
 
 
 def sample_blocks(length: int, config: PMLMConfig, rng: random.Random) -> list[list[int]]:

@@ -51,6 +51,8 @@ class Seq2SeqConfig(EncoderModelConfig):
             raise ConfigError(f"label_smoothing {self.label_smoothing} is not in [0, 1)")
         if self.encoder.type != "text":
             raise ConfigError(f"encoder.type is {self.encoder.type!r}, sequence to sequence takes 'text'")
+        if self.encoder.window:
+            raise ConfigError("encoder.window: what is written sees the whole source, sequence to sequence takes no window")
 
     def check_row_length(self, length: int) -> None:
         """Raises `ConfigError` where rows are too short for a source token between its ends."""

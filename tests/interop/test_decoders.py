@@ -24,7 +24,7 @@ VARIANTS = [
         "Llama",
         SHAPE | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
     ),
-    Decoder("Mistral, window", "Mistral", SHAPE | {"sliding_window": 100}),
+    Decoder("Mistral, window", "Mistral", SHAPE | {"sliding_window": 16}),
 ]
 MODELS = {decoder.name: decoder for decoder in [*PUBLISHED, *VARIANTS] if isinstance(decoder, Decoder)}
 
@@ -52,7 +52,7 @@ def test_what_is_written_back_transformers_reads(name, tmp_path):
     ours = load_ours(tmp_path / "theirs")
     family = save_decoder(ours.state_dict(), ours.config, tmp_path / "back")
     # A Mistral without a window is a Llama, and is written as one.
-    assert family == ("llama" if MODELS[name].family == "Mistral" else MODELS[name].family.lower())
+    assert family == ("llama" if name == "Mistral" else MODELS[name].family.lower())
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     tokens_BT = torch.randint(1, 60, (2, 60))
     assert (again(tokens_BT).logits - theirs(tokens_BT).logits).abs().max() <= 1e-4
@@ -89,9 +89,17 @@ def test_gpt2s_first_files_load(tmp_path):
     assert (logits_of(load_ours(tmp_path), tokens_BT) - theirs(tokens_BT).logits).abs().max() <= 1e-4
 
 
-def test_a_window_bounds_the_positions(tmp_path):
-    make_theirs("Mistral, window").save_pretrained(tmp_path)
-    assert read_config(tmp_path)[1]["max_positions"] == 100
+def test_a_window_in_some_layers_bounds_the_positions(tmp_path):
+    """Qwen2 has it in its upper layers alone."""
+    make_theirs("Qwen2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    sliding = {"use_sliding_window": True, "sliding_window": 100, "layer_types": ["full_attention", *["sliding_attention"] * 2]}
+    (tmp_path / "config.json").write_text(json.dumps(config | sliding))
+    found = read_config(tmp_path)[1]
+    assert (found["max_positions"], found["window"]) == (100, 0)
+    (tmp_path / "config.json").write_text(json.dumps(config | sliding | {"layer_types": ["sliding_attention"] * 3}))
+    found = read_config(tmp_path)[1]
+    assert (found["max_positions"], found["window"]) == (128, 100)
 
 
 @pytest.mark.parametrize(
