@@ -108,5 +108,5 @@ def test_windows_are_refused_where_they_cannot_be_kept():
         with pytest.raises(ConfigError, match=message):
             build(MetaLMConfig, values, "test")
     for config in (PMLMConfig, Seq2SeqConfig):
-        with pytest.raises(ConfigError, match="encoder.window"):
+        with pytest.raises(ConfigError, match=r"encoder\.window"):
             build(config, {"encoder": {"type": "text", **SIZE, "window": 4}}, "test")
