@@ -68,6 +68,7 @@ class MetaLM(PretrainedModel):
 
     Config = MetaLMConfig
     layout: TextLayout | None = None
+    taught_by: Any = None  # a `metalm.training.distill.Distillation`, while training
 
     def __init__(self, config: MetaLMConfig):
         super().__init__()
@@ -143,6 +144,8 @@ class MetaLM(PretrainedModel):
             f"loss/{name}": (nats_L[batch.modality_L == number].sum(), count)
             for number, (name, count) in enumerate(batch.modalities.items())
         }
+        if self.training and self.taught_by:
+            loss = self.taught_by(loss, hidden_LD, batch, self)
         return loss
 
 

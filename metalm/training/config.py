@@ -13,6 +13,7 @@ from metalm.errors import ConfigError
 from metalm.models import MODELS
 from metalm.pretrained import FOREIGN, inherit, read_model_config
 from metalm.training.adapters import AdaptersConfig
+from metalm.training.distill import DistillConfig
 
 
 @dataclass
@@ -33,8 +34,8 @@ class TrainingConfig:
     file in DeepSpeed's own format; batch sizes, precision and clipping are filled in from here.
     `optimizer` is AdamW, by `betas` and `eps`, or stochastic gradient descent with Nesterov's `momentum`; `min_lr` is the
     fraction of `lr` that the schedule ends at; `part_lr` gives parts, by the beginning of their parameters' names, a multiple
-    of `lr`: {encoder: 0.01}. `adapters` puts low-rank adapters on linear maps, and freezes these. Intervals of 0 switch a
-    thing off.
+    of `lr`: {encoder: 0.01}. `adapters` puts low-rank adapters on linear maps, and freezes these; `distill` has a larger
+    model teach. Intervals of 0 switch a thing off.
     """
 
     steps: int
@@ -59,6 +60,7 @@ class TrainingConfig:
     validate_every: int = 0
     tensorboard: bool = False
     adapters: AdaptersConfig | None = None
+    distill: DistillConfig | None = None
 
     def __post_init__(self):
         for name in ("steps", "accumulation", "log_every", "keep_checkpoints"):

@@ -25,6 +25,7 @@ from metalm.segments import Batch
 from metalm.training.adapters import add_adapters, load_adapters
 from metalm.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_export
 from metalm.training.config import RunConfig
+from metalm.training.distill import Distillation
 from metalm.training.engine import Parts, all_sum, make_engine, setup_distributed, train_step
 from metalm.training.progress import Reporter
 from metalm.training.schedule import learning_rate
@@ -62,6 +63,9 @@ def train(config: RunConfig) -> Path:
         add_adapters(model, config.training.adapters)
         if config.training.adapters.init_from and not found:
             load_adapters(model, config.training.adapters.init_from)
+    if config.training.distill:
+        precision = getattr(torch, config.training.precision)
+        model.taught_by = Distillation(config.training.distill, model, tokenizer, precision)
     interface = Interface.of(model, tokenizer, config.data.row_length)
     stream = PackedStream(
         config.data.train, interface, config.data, config.training.seed, rank, world, accumulation=config.training.accumulation
