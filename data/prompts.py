@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from metalm.data.sample import Media, Question, Sample
 from metalm.data.tokenizer import Tokenizer
+from metalm.data.views import View, Warp
 from metalm.errors import ConfigError, DataError
 from metalm.nn.packing import pack
 from metalm.objectives.base import Objective, TextLayout
@@ -43,6 +44,8 @@ class Interface:
         max_length: decoder positions of a document; longer texts are cut (into several documents, where they are the
             training text itself).
         layout: the model's own way of laying out texts, if it has one.
+        fusion: whether spans side by side are fused: then what follows a picture changes it, and cannot branch off from it.
+        views: by medium, how a sample is seen or heard this time.
     """
 
     tokenizer: Tokenizer
@@ -50,6 +53,8 @@ class Interface:
     connectors: dict[str, Any]
     max_length: int
     layout: TextLayout | None = None
+    fusion: bool = False
+    views: dict[str, View | Warp] = field(default_factory=dict)
 
     def __post_init__(self):
         def find(*reads: str) -> str | None:
@@ -63,7 +68,8 @@ class Interface:
     def of(cls, model: Any, tokenizer: Tokenizer | None, max_length: int) -> Interface:
         """The interface of a model."""
         connectors = {name: model.config.encoders[name].connector for name in model.processors}
-        return cls(tokenizer, model.processors, connectors, max_length, model.layout)
+        fusion = getattr(model.config, "fusion", None) is not None
+        return cls(tokenizer, model.processors, connectors, max_length, model.layout, fusion)
 
     def load(self, document: Document) -> Document:
         """The document with the media of its spans decoded; raises `DataError` on broken media."""
@@ -74,6 +80,9 @@ class Interface:
         return self.layout.collate(rows, length) if self.layout else make_batch(rows, self.processors, length)
 
     def span(self, encoder: str, inputs: dict, first_target: int = IGNORE) -> Span:
+        view = next((view for kind, view in self.views.items() if kind in inputs), None)
+        if view:
+            inputs = {**inputs, "view": view}
         num_states = self.processors[encoder].num_states(inputs)
         return Span(encoder, inputs, self.connectors[encoder].num_vectors(num_states) if num_states else 0, first_target)
 
@@ -152,14 +161,17 @@ class Interface:
     def documents(self, turns: list[Segments], key: str) -> Iterator[Document]:
         """Prompts with their answers, each on its own, in as few documents as hold them.
 
-        What all of them begin with, an image or a text that they are about, is read once, and they branch off from it.
+        What all of them begin with, an image or a text that they are about, is read once, and they branch off from it; unless
+        it is to be fused with what comes next.
         """
         trunk: Segments = []
         for same in zip(*(turn[:-1] for turn in turns)):
             if any(segment != same[0] for segment in same):
                 break
             trunk.append(same[0])
-        if not trunk or len(turns) == 1:
+        sides = [(turn[len(trunk) - 1], turn[len(trunk)]) for turn in turns] if trunk else []
+        fused = self.fusion and any(isinstance(one, Span) and isinstance(other, Span) for one, other in sides)
+        if not trunk or len(turns) == 1 or fused:
             yield from (Document(turn, key) for turn in turns)
             return
         branches = [turn[len(trunk) :] for turn in turns]

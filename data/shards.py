@@ -95,6 +95,8 @@ def count_samples(spec: str | list[str]) -> int | None:
 
     total = 0
     for entry in [spec] if isinstance(spec, str) else spec:
+        if "://" in entry or entry.startswith("pipe:"):
+            return None
         for folder in braceexpand(entry):
             if not (Path(folder) / INDEX).is_file():
                 return None

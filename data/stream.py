@@ -11,10 +11,15 @@ Pictures are decoded when their row goes out, not when the block is filled.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import os
 import random
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing.synchronize import Event
 from typing import Literal
 
 import numpy as np
@@ -29,14 +34,15 @@ from metalm.data.views import View, Warp, draw_view, draw_warp
 from metalm.errors import ConfigError, DataError
 from metalm.nn.packing import pack
 from metalm.objectives import OBJECTIVES
-from metalm.segments import Batch, Document, Span, map_inputs
+from metalm.segments import Batch, Document
 
 
 @dataclass
 class SourceConfig:
     """One part of the mixture: shards, the task that lays them out, and how often it is drawn.
 
-    `weight` may have a schedule, [[step, weight], …], with straight lines between; `loss_weight` is that of its targets in the
+    `weight` may have a schedule, [[step, weight], …], with straight lines between, looked up at the beginning of a block;
+    `loss_weight` is that of its targets in the
     loss. `objective` is for the task `text` alone, which cannot do without unless the model itself is a way of learning texts;
     `captions` of an image are learned at each visit, by the tasks `image_text` and `captioning`; `prefix` is how often the task
     `image_text` gives a caption's beginning to the encoder, as the paper always does: what is said first, the subject, is
@@ -118,6 +124,8 @@ class DataConfig:
             raise ConfigError(f"held_out {self.held_out} is not in [0, 1)")
         if not self.train:
             raise ConfigError("train is empty: name at least one source")
+        if any(isinstance(source.weight, list) for source in self.validation):
+            raise ConfigError("validation reads everything once: its sources have no weight with a schedule")
         for name in ("row_length", "rows", "block"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1")
@@ -252,7 +260,7 @@ class PackedStream(IterableDataset):
 
     def rows(self, reader: int, readers: int) -> Iterator[tuple[list[Document], dict, list[str]]]:
         """Loaded rows, each with the state after it and the messages of samples found broken on the way."""
-        fresh = {"block": 0, "row": 0, "positions": None, "broken": 0, "before": 0}
+        fresh = {"block": 0, "row": 0, "positions": None, "broken": 0, "before": 0, "weights": None}
         state = fresh | self.states.get(reader, {})
         sources = self.make_sources(reader, readers)
         if state["positions"]:
@@ -261,10 +269,12 @@ class PackedStream(IterableDataset):
         iterators = [iter(source) for source in sources]
         block, skip, broken, before = (state[name] for name in ("block", "row", "broken", "before"))
         ended = [False] * len(sources)
+        drawn = state["weights"] if skip else None  # of a block that is read again: by the weights by which it was drawn
         while not all(ended):
             # A reader's batches are every `readers / world`-th of its rank's.
             step = before / self.config.rows * (readers / self.world) / self.accumulation
-            weights = [0.0 if end else source.config.weight_at(step) for end, source in zip(ended, sources)]
+            now = drawn or [source.config.weight_at(step) for source in sources]
+            weights, drawn = [0.0 if end else weight for end, weight in zip(ended, now)], None
             if not any(weights):
                 raise DataError(f"at step {step:,.0f} no source has a weight above 0, see the schedules of data.train")
             positions = [vars(source.position) for source in sources]
@@ -301,7 +311,14 @@ class PackedStream(IterableDataset):
                         messages.append(f"sample {documents[n].key!r}: {error}")
                 broken += len(messages)
                 self.check_broken(broken, messages)
-                after = {"block": block, "row": r + 1, "positions": positions, "broken": broken, "before": before}
+                after = {
+                    "block": block,
+                    "row": r + 1,
+                    "positions": positions,
+                    "broken": broken,
+                    "before": before,
+                    "weights": now,
+                }
                 yield row, {"reader": reader, **after}, messages
                 messages = []
             block, skip, before = block + 1, 0, before + len(rows)
@@ -322,17 +339,11 @@ class PackedStream(IterableDataset):
             arguments["captions"] = self.sources[i].captions
         if self.sources[i].prefix < 1:
             arguments["prefix"] = self.sources[i].prefix
-        documents = list(TASKS[self.sources[i].task](self.interface, sample, rng, **arguments))
+        interface = replace(self.interface, views=self.draw_views(i, f"{self.seed} {epoch} {i} {sample.key} view"))
+        documents = list(TASKS[self.sources[i].task](interface, sample, rng, **arguments))
         if not self.interface.layout:
             own = {"weight": self.sources[i].loss_weight, "modality": modality(sample)}
             documents = [replace(document, **own) for document in documents]
-        views = {}
-        if self.sources[i].crop < 1 or self.sources[i].mirror:
-            views["image"] = views["video"] = draw_view(self.sources[i].crop, self.sources[i].mirror, rng)
-        if self.sources[i].perturb:
-            views["audio"] = draw_warp(self.sources[i].perturb, rng)
-        if views:
-            documents = [map_inputs(document, lambda span: view_of(span, views)) for document in documents]
         for document in documents:
             if len(document) > self.config.row_length:
                 raise DataError(
@@ -340,22 +351,29 @@ class PackedStream(IterableDataset):
                 )
         return documents
 
+    def draw_views(self, i: int, seed: str) -> dict[str, View | Warp]:
+        """By medium, how a sample of the i-th source is seen or heard; nothing where it is as it is."""
+        source, rng = self.sources[i], random.Random(seed)
+        views: dict[str, View | Warp] = {}
+        if source.crop < 1 or source.mirror:
+            views["image"] = views["video"] = draw_view(source.crop, source.mirror, rng)
+        if source.perturb:
+            views["audio"] = draw_warp(source.perturb, rng)
+        return views
+
 
 def modality(sample: Sample) -> str:
     """What a sample is made of: "image", "audio", "video", several of them, or "text"."""
     return "+".join(dict.fromkeys(kind for kind, _ in sample.media)) or "text"
 
 
-def view_of(span: Span, views: dict[str, View | Warp]) -> dict:
-    """The span's inputs, with the view of its medium."""
-    view = next((view for kind, view in views.items() if kind in span.inputs), None)
-    return {**span.inputs, "view": view} if view else span.inputs
+def leave_signals_to_the_trainer(ending: Event, worker: int) -> None:
+    """A launcher signals whole process groups; a worker that died of it would take the trainer along before it has saved.
 
-
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """A launcher signals whole process groups; a worker that died of it would take the trainer along before it has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    Once the trainer is `ending`, SIGTERM is its own word, and it waits for workers to obey.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)
 
 
 class Loader:
@@ -374,12 +392,14 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         # The next batch is due from the worker after the last one's.
         self.stream.first_slot = self.handed_out % max(self.workers, 1)
+        ending = multiprocessing.Event()
+        atexit.register(ending.set)  # called before multiprocessing ends the workers
         loader = DataLoader(
             self.stream,
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
-            worker_init_fn=leave_signals_to_the_trainer,
+            worker_init_fn=partial(leave_signals_to_the_trainer, ending),
             pin_memory=self.pin_memory and torch.cuda.is_available(),
         )
         for batch in loader:

@@ -98,9 +98,10 @@ class Encoder(nn.Module, ABC):
     def layers(self) -> list[nn.Module]:
         """The blocks from input to output, for freezing all but the last n; the final norm counts as the last."""
 
-    def save_files(self, folder: Path) -> None:
+    def save_files(self, folder: Path) -> bool:
         """Writes what it takes to make the encoder again, beside its configuration and weights, into a folder of the export,
-        which is its configuration's `name` from then on."""
+        which is its configuration's `name` from then on; returns whether there is such a thing."""
+        return False
 
 
 def layers_up_to(layers: nn.ModuleList, layer: int, name: str) -> nn.ModuleList:

@@ -115,8 +115,8 @@ def log_mel(wave_T: Tensor, config: LogMelConfig) -> Tensor:
     )
     logs_FM = ((spectrum**2).T @ filters + 1e-8).log()
     logs_FM = logs_FM.clamp(min=logs_FM.max() - RANGE)
-    mean = logs_FM.mean(0) if config.normalize == "bands" else logs_FM.mean()
-    return (logs_FM - mean) / (logs_FM.std() + 1e-5)
+    logs_FM = logs_FM - (logs_FM.mean(0) if config.normalize == "bands" else logs_FM.mean())
+    return logs_FM / (logs_FM.std() + 1e-5)
 
 
 class Subsampling(nn.Module):

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from metalm.data.images import fit_picture, picture_size, read_picture
@@ -109,7 +110,7 @@ class NaFlexEncoder(Encoder):
         arguments = dict(config.arguments or {})
         try:
             self.model = timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **arguments)
-        except (TypeError, RuntimeError, OSError, ValueError, AssertionError) as error:
+        except (TypeError, RuntimeError, OSError, ValueError, AssertionError, SafetensorError) as error:
             raise ConfigError(f"timm model {config.name!r} cannot be made: {error}") from error
         if self.model.attn_pool is not None:
             self.model.reset_classifier(0, "")  # what pools the states has no part in this

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from metalm.encoders.base import layers_up_to
@@ -75,7 +76,7 @@ class TimmEncoder(ImageTower):
                 f"timm model {config.name!r} gives no patch states; take a ViT, DeiT, BEiT or EVA, or a convolutional network"
             )
         if config.activation_checkpointing:
-            self.model.set_grad_checkpointing()
+            recompute(self.model, config.name)
         self.width = self.model.num_features
         self.skip = getattr(self.model, "num_prefix_tokens", 0)
         self.set_pixel_statistics(data["mean"], data["std"])
@@ -111,6 +112,14 @@ class TimmEncoder(ImageTower):
         return [*blocks[:-1], nn.ModuleList([blocks[-1], self.model.norm])]
 
 
+def recompute(model: nn.Module, name: str) -> None:
+    """Raises `ConfigError` where the model has no way to run its layers again."""
+    try:
+        model.set_grad_checkpointing()
+    except (AssertionError, AttributeError) as error:
+        raise ConfigError(f"timm model {name!r} cannot recompute its activations") from error
+
+
 def make_timm_model(config: TimmConfig, arguments: dict) -> nn.Module:
     """Raises `ConfigError` where timm cannot make it so."""
     import timm
@@ -126,7 +135,7 @@ def make_timm_model(config: TimmConfig, arguments: dict) -> nn.Module:
         return timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **arguments)
     except TypeError as error:
         raise ConfigError(f"timm model {config.name!r} does not take these arguments: {error}") from error
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+    except (RuntimeError, OSError, ValueError, AssertionError, SafetensorError) as error:
         reason = str(error) or f"{type(error).__name__}, {sized}"
         raise ConfigError(f"timm model {config.name!r} cannot be made: {reason}") from error
 

@@ -114,11 +114,12 @@ class TransformersEncoder(Encoder):
     def layers(self) -> list[nn.Module]:
         return list(self.model.encoder.layer)
 
-    def save_files(self, folder: Path) -> None:
+    def save_files(self, folder: Path) -> bool:
         """The model's `config.json` and its tokenizer, which is all of `name` that an export needs."""
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.model.config.save_pretrained(folder)
         (folder / FILE).write_text(self.processor.tokenizer)
+        return True
 
 
 def read_config(name: str) -> Any:

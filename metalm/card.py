@@ -12,6 +12,7 @@ The license is left to whoever publishes the model.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,15 +107,25 @@ def data_section(run: Any) -> str:
             shards = [source.shards] if isinstance(source.shards, str) else source.shards
             count = count_samples(shards)
             size = "" if count is None else f"{count:,}"
-            rows.append((use, ", ".join(f"`{shard}`" for shard in shards), source.task, f"{source.weight:g}", size))
+            rows.append((use, ", ".join(f"`{shard}`" for shard in shards), source.task, weight_of(source.weight), size))
     return "## Data\n\n" + table(("for", "shards", "task", "weight", "samples"), rows)
+
+
+def weight_of(weight: float | list[list[float]]) -> str:
+    if not isinstance(weight, list):
+        return f"{weight:g}"
+    return ", ".join(f"{value:g} at step {step:,.0f}" for step, value in weight)
 
 
 def metrics_section(run: Any) -> str:
     """The last loss that the run wrote down, and all of its last validation."""
     path = Path(run.out) / "metrics.jsonl"
     last: dict[str, tuple[int, float]] = {}
-    for row in map(json.loads, path.read_text().splitlines() if path.exists() else []):
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:  # a line that a crash tore
+            continue
         last |= {name: (row["step"], value) for name, value in row.items() if name == "loss" or name.startswith("val_")}
     rows = [(f"`{name}`", f"{step:,}", f"{value:.4f}") for name, (step, value) in last.items()]
     return (
@@ -137,7 +148,7 @@ def fill_in(card: str, name: str, results: Sequence[str | Path] = ()) -> str:
     Raises:
         DataError: a file is no result.
     """
-    card = card.replace(NAME, name)
+    card = re.sub(r'(\.from_pretrained\()".*"\)', lambda match: f'{match[1]}"{name}")', card)
     rows = []
     for path in results:
         try:
@@ -148,6 +159,7 @@ def fill_in(card: str, name: str, results: Sequence[str | Path] = ()) -> str:
             raise DataError(f"{path} is no result of `metalm evaluate` ({type(error).__name__}: {error})") from error
     if not rows:
         return card
+    card, _, _ = card.partition("\n## Evaluation\n")
     return f"{card}\n## Evaluation\n\n{table(('task', 'data', 'samples', 'metric', 'value'), rows)}\n"
 
 

@@ -12,6 +12,7 @@ Shapes: B rows, T positions, M fused positions of a row, D width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from metalm.nn.attention import Mask
 from metalm.nn.transformer import Transformer, TransformerConfig
 from metalm.segments import Batch
+
+STEP = 64  # positions
 
 
 @dataclass
@@ -65,8 +68,9 @@ class Fusion(nn.Module):
         predicts_BT = torch.zeros_like(docked_BT)
         predicts_BT.view(-1)[batch.places_L] = True
         run_BT = number_runs(docked_BT, predicts_BT, batch.document_BT, batch.branch_BT)
-        # The docked positions of each row, first; at least one, so that these layers take part in every step.
-        most = max(1, int(docked_BT.sum(1).max()))
+        # The docked positions of each row, first; some at least, so that these layers take part in every step, and a multiple
+        # of so many, so that few shapes occur.
+        most = min(docked_BT.shape[1], STEP * max(1, math.ceil(int(docked_BT.sum(1).max()) / STEP)))
         place_BM = torch.argsort(~docked_BT, dim=1, stable=True)[:, :most]
         run_BM = run_BT.gather(1, place_BM)
         B, M = place_BM.shape

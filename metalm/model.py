@@ -141,7 +141,7 @@ class MetaLM(PretrainedModel):
         hidden_LD = self.hidden(batch).flatten(0, 1)[batch.places_L]
         loss, nats_L = weighted_cross_entropy(hidden_LD, self.decoder.softmax_weight, batch.targets_L, batch.weight_L)
         self.parts = {
-            f"loss/{name}": (nats_L[batch.modality_L == number].sum(), count)
+            f"loss/{name}": ((nats_L * (batch.modality_L == number)).sum(), count)
             for number, (name, count) in enumerate(batch.modalities.items())
         }
         if self.training and self.taught_by:

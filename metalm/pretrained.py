@@ -84,8 +84,7 @@ def save_pretrained(
     plain = to_plain(model.config)
     fetch_nothing(plain)
     for name, encoder in getattr(model, "encoders", {}).items():
-        encoder.save_files(folder / name)
-        if (folder / name).is_dir():
+        if encoder.save_files(folder / name):
             plain["encoders"][name]["name"] = BESIDE + name
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
     record = {"metalm_version": metalm.__version__, "tokenizer_fingerprint": tokenizer.fingerprint, "model": plain}
@@ -97,7 +96,9 @@ def save_pretrained(
 def fetch_nothing(plain: dict) -> None:
     """Takes out of a plain configuration where weights came from: they are in the export."""
     for key, value in plain.items():
-        if key in ("init_from", "pretrained"):
+        if key == "type":  # not `timm:NAME`, which would fetch
+            plain[key] = str(value).partition(":")[0]
+        elif key in ("init_from", "pretrained"):
             plain[key] = type(value)()
         elif key == "arguments" and value:
             value.pop("checkpoint_path", None)
@@ -205,7 +206,10 @@ def load_weights(model: nn.Module, name: str | Path, prefix: str = "", unread: s
     folder = find_export(name)
     weights = read_weights(folder)
     chosen = [name for name in weights if name.startswith(prefix) and not (unread and name.startswith(unread))]
-    fill(model, {name.removeprefix(prefix): weights[name] for name in chosen}, folder / WEIGHTS)
+    found = {name.removeprefix(prefix): weights[name] for name in chosen}
+    if not any(name.startswith("fusion.") for name in found):  # a model may be given one, which starts as nothing
+        found |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("fusion.")}
+    fill(model, found, folder / WEIGHTS)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -276,7 +276,9 @@ def _weights_and_modalities(documents: list[Document], count_D: Tensor) -> dict[
     """The fields of a `Batch` that say so, from its documents and how many targets each has."""
     fields: dict[str, Any] = {}
     if any(document.weight != 1 for document in documents):
-        fields["weight_L"] = torch.tensor([document.weight for document in documents]).repeat_interleave(count_D)
+        fields["weight_L"] = torch.tensor([document.weight for document in documents], dtype=torch.float32).repeat_interleave(
+            count_D
+        )
     names = sorted({document.modality for document in documents} - {""})
     if names:
         number_D = torch.tensor([names.index(d.modality) if d.modality else -1 for d in documents])

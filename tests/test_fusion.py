@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from metalm.config import build
+from metalm.data.prompts import Interface
+from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError
 from metalm.fusion import number_runs
 from metalm.model import MetaLM, MetaLMConfig
 from metalm.objectives.mim import MIMConfig
+from metalm.pretrained import load_weights
 from metalm.segments import IGNORE, Batch, Document, Span, Text, make_batch
 
 SIZE = {"layers": 1, "width": 16, "heads": 2, "vocab_size": 40}
@@ -82,6 +85,29 @@ def test_documents_in_company_are_as_alone(model):
         alone = sum(model(make_batch([[document]], model.processors)) for document in documents)
         for rows in ([documents], [documents[:1], documents[1:]], [documents[2:], documents[:2]]):
             torch.testing.assert_close(model(make_batch(rows, model.processors)), alone)
+
+
+def test_questions_of_a_picture_are_documents_of_their_own(model):
+    """A question's span changes the picture beside it, so there is nothing to branch off from."""
+    connectors = {name: encoder.connector for name, encoder in model.config.encoders.items()}
+    for fusion in (True, False):
+        interface = Interface(None, model.processors, connectors, 64, fusion=fusion)
+        turns = [[span("a", [1, 2]), span("b", [n]), Text([9])] for n in (3, 4)]
+        found = list(interface.documents(turns, "key"))
+        assert len(found) == (2 if fusion else 1)
+        plain = [[span("a", [1, 2]), Text([n, 9])] for n in (3, 4)]  # which no span follows
+        assert len(list(interface.documents(plain, "key"))) == 1
+
+
+def test_a_trained_model_can_be_given_one(tmp_path):
+    torch.manual_seed(0)
+    plain = MetaLM(build(MetaLMConfig, VALUES | {"fusion": None}, "test"))
+    plain.tokenizer = Tokenizer.train(["a"], 300)
+    plain.save_pretrained(tmp_path)
+    fused = MetaLM(build(MetaLMConfig, VALUES, "test"))
+    load_weights(fused, tmp_path)
+    batch = make_batch([[Document([span("a", [1, 2]), span("b", [3, 4]), Text([9])])]], fused.processors)
+    torch.testing.assert_close(fused(batch), plain(batch))
 
 
 def test_at_the_start_it_adds_nothing_and_then_learns():

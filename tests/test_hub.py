@@ -170,6 +170,7 @@ def test_no_pickle_of_a_stranger_is_loaded(tmp_path):
     record["model"]["decoder"]["init_from"] = str(tmp_path / "trap.bin")
     record["model"]["encoders"]["image"]["pretrained"] = True
     record["model"]["encoders"]["image"]["arguments"]["checkpoint_path"] = str(tmp_path / "trap.bin")
+    record["model"]["encoders"]["image"]["type"] = f"timm:local-dir:{tmp_path}"  # would stand for pretrained, too
     (tmp_path / "config.json").write_text(json.dumps(record))
     loaded = MetaLM.from_pretrained(tmp_path)
     assert all(torch.equal(t, loaded.state_dict()[n]) for n, t in model.state_dict().items())
@@ -198,7 +199,9 @@ def test_a_model_goes_to_the_hub_and_comes_back(tmp_path):
         )
         again = on_hub(hub.url, home, "-c", code)
         assert again.returncode == 0 and again.stdout.strip() == f"{hub.url}/me/again", again.stderr
-        assert contents(tmp_path / "back") == {**there, "README.md": card.encode()} == hub.models["me/again"]
+        assert contents(tmp_path / "back") == {**there, "README.md": card.encode()}
+        renamed = card.replace('"me/tiny"', '"me/again"')
+        assert hub.models["me/again"] == {**there, "README.md": renamed.encode()} and renamed.count("## Evaluation") == 1
         repeated = on_hub(hub.url, home, *push)
         assert repeated.returncode == 0, repeated.stderr
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from metalm.card import model_card
 from metalm.data.stream import Loader
@@ -110,6 +111,14 @@ def _cuda_state() -> torch.Tensor | None:
     return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
 
+def card_or_none(model: nn.Module, weights: dict, vocab_size: int, config: RunConfig) -> str:
+    """The model card, or a line in its place: whatever goes wrong with it must not cost the weights."""
+    try:
+        return model_card(model, weights, vocab_size, config)
+    except Exception as error:
+        return f"A METALM. Its card could not be written ({type(error).__name__}: {error}).\n"
+
+
 def write_export(engine, tokenizer: Tokenizer, config: RunConfig) -> Path:
     """Writes `RUN/export`, replacing an older one only when the new one is whole; adapters are merged and lie beside it.
 
@@ -124,7 +133,7 @@ def write_export(engine, tokenizer: Tokenizer, config: RunConfig) -> Path:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             plain = merge_adapters(weights, engine.module.config, adapters) if adapters else weights
-            card = model_card(engine.module, plain, tokenizer.size, config)
+            card = card_or_none(engine.module, plain, tokenizer.size, config)
             save_pretrained(plain, engine.module, tokenizer, partial, card)
             if adapters:
                 save_adapters(weights, adapters, partial)

@@ -44,10 +44,15 @@ def parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def flops_per_step(config: RunConfig, model: nn.Module) -> int:
-    """Forward and backward FLOPs of one rank's step on full rows, counted on the meta device.
+    """Forward and backward FLOPs of one rank's step on full rows, counted on the meta device, where the model must be; what
+    recomputed activations cost anew is left out.
 
     Of an adaptive softmax its head counts, where every prediction is made; few go on to a cluster of rarer words.
     """
+    model.eval()  # in which our own stacks recompute nothing
+    for module in model.modules():
+        if hasattr(module, "set_grad_checkpointing"):
+            module.set_grad_checkpointing(False)
     length = config.data.row_length
     interface = Interface.of(model, None, length)
     document = sample_document(interface, length)

@@ -16,15 +16,17 @@ STALE = 600  # seconds; a build takes less than one minute
 
 
 def prepare_extensions() -> list[str]:
-    """Gives this virtual environment a folder of its own, unless TORCH_EXTENSIONS_DIR names one, and removes locks of builds
-    that nobody can be at any more.
+    """Gives this virtual environment a folder of its own, and removes locks in it of builds that nobody can be at any more; a
+    folder that TORCH_EXTENSIONS_DIR names is somebody else's to look after.
 
     Returns:
         What was removed and why, a line each.
     """
     own = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "torch_extensions" / f"metalm-{own}")))
+    folder = cache / "torch_extensions" / f"metalm-{own}"
+    if os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder)) != str(folder):
+        return []
     messages = []
     for lock in sorted(folder.glob("**/lock")) if folder.is_dir() else ():
         try:

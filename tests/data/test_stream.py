@@ -6,6 +6,8 @@ import io
 import itertools
 import json
 import random
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +166,27 @@ def test_a_mixture_changes_by_its_schedule_and_resumes_in_it(data, interface):
     resumed = loader(interface, config, accumulation=2)
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert before + contents(take(resumed, 30)) == contents(batches)
+
+
+def test_a_block_that_is_read_again_is_drawn_by_the_weights_it_had(data, interface):
+    """Although steps are counted in another way after resuming."""
+    pairs = {"shards": str(data / "pairs"), "task": "image_text", "weight": [[0, 0.2], [20, 5]]}
+    texts = {"shards": str(data / "texts"), "task": "text", "objective": {"type": "prefix"}}
+    config = settings(data, train=[pairs, texts], rows=1, block=24)
+    first = loader(interface, config)
+    take(first, 10)
+    expected = contents(take(first, 4))
+    begun = loader(interface, config)
+    take(begun, 10)
+    resumed = loader(interface, config, accumulation=7)
+    resumed.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+    assert contents(take(resumed, 4)) == expected
+
+
+def test_validation_has_no_schedule(data):
+    scheduled = {"shards": str(data / "pairs"), "task": "image_text", "weight": [[0, 1], [5, 0]]}
+    with pytest.raises(ConfigError, match="no weight with a schedule"):
+        settings(data, validation=[scheduled])
 
 
 def test_steps_of_a_schedule_are_those_of_all_readers_together(data, interface):
@@ -507,3 +530,20 @@ def test_missing_shards_are_named(interface, tmp_path):
 def test_options_that_a_task_has_not_are_refused(data, source, message):
     with pytest.raises(ConfigError, match=message):
         settings(data, train=[{"shards": str(data / "pairs"), **source}])
+
+
+def test_a_program_ends_although_its_workers_are_busy(data):
+    """As one does that fails, with the batches that workers have ready still in its hands."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_stream import Interface, Tokenizer, FusedProcessor, ConnectorConfig, caption, loader, settings
+tokenizer = Tokenizer.train([caption(n) for n in range(50)], 300)
+processor = FusedProcessor(image_size=8, num_patches=4, max_positions=32)
+interface = Interface(tokenizer, {{"fused": processor}}, {{"fused": ConnectorConfig("linear")}}, max_length=64)
+batches = iter(loader(interface, settings(Path({str(data)!r}), workers=2)))
+next(batches)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

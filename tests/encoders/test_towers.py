@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -13,6 +14,10 @@ from torch import Tensor
 
 from metalm.config import build
 from metalm.data.prompts import Interface
+from metalm.data.sample import Sample
+from metalm.data.shards import write_shards
+from metalm.data.stream import DataConfig, PackedStream
+from metalm.data.tokenizer import Tokenizer
 from metalm.data.views import View
 from metalm.encoders import ENCODERS
 from metalm.encoders.naflex import NaFlexConfig
@@ -22,6 +27,7 @@ from metalm.errors import ConfigError
 from metalm.model import MetaLM, MetaLMConfig
 from metalm.segments import Document, Text, load_spans, make_batch
 
+DECODER = {"layers": 1, "width": 16, "heads": 2}
 VIT = {"type": "timm", "name": "vit_tiny_patch16_224", "image_size": 32, "arguments": {"depth": 3, "embed_dim": 24}}
 CLIP = {"type": "open_clip", "name": "ViT-S-32-alt", "image_size": 64}
 RESNET = {"type": "timm", "name": "resnet10t", "image_size": 64}
@@ -148,6 +154,23 @@ def test_naflex_reads_a_view_in_its_own_shape():
     assert encoder.processor.num_states({"image": picture(64, 64), "view": View(0, 0, 1, 0.5)}) == 4 * 2
     with torch.no_grad():
         assert len(read(encoder, picture(64, 64), view=View(0, 0, 1, 0.5, mirrored=True))) == 8
+
+
+@pytest.mark.parametrize("values", [VIT | {"tiles": 4}, NAFLEX | {"max_patches": 30}])
+def test_crops_have_as_many_positions_as_they_have_states(values, tmp_path):
+    torch.manual_seed(0)
+    encoders = {"eye": values | {"connector": {"type": "linear"}}}
+    model = MetaLM(build(MetaLMConfig, {"decoder": {**DECODER, "vocab_size": 300}, "encoders": encoders}, "test")).eval()
+    samples = [Sample(f"{n}", picture(30 + 17 * n, 90, n), ["a red dog"]) for n in range(6)]
+    write_shards(samples, tmp_path, samples_per_shard=6)
+    source = {"shards": str(tmp_path), "task": "captioning", "crop": 0.4, "mirror": True}
+    data = build(DataConfig, {"train": [source], "workers": 0, "rows": 2, "block": 12, "row_length": 96}, "test")
+    interface = Interface.of(model, Tokenizer.train(["a red dog caption:"], 300), 96)
+    lengths = set()
+    for batch in itertools.islice(PackedStream(data.train, interface, data), 8):
+        assert not batch.broken and model(batch).isfinite()
+        lengths |= set(batch.spans["eye"].lengths.tolist())
+    assert len(lengths) > 2
 
 
 def test_one_name_stands_for_a_pretrained_tower():

@@ -63,6 +63,20 @@ def test_a_run_leaves_config_metrics_tokenizer_checkpoints_and_export(finished):
     assert {p.name for p in (finished / "export").iterdir()} == files
 
 
+def test_a_run_with_a_schedule_of_its_mixture_ends_in_an_export(tiny_yaml, tmp_path):
+    """And a line of its metrics that a crash tore costs nothing."""
+    out = tmp_path / "run"
+    config = load_run_config(tiny_yaml, [f"out={out}", "training.steps=2"])
+    config.data.train[0].weight, config.data.train[1].loss_weight = [[0, 1.0], [100, 0.5]], 0.5
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 1, "lo\n')
+    train(config)
+    card = (out / "export/README.md").read_text()
+    assert "1 at step 0, 0.5 at step 100" in card and "| `loss` | 2 |" in card
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["loss/image"] > 0 and last["loss/text"] > 0
+
+
 def test_a_resumed_run_sees_the_same_samples_and_gives_the_same_losses(tiny_yaml, finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
