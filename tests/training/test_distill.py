@@ -84,7 +84,7 @@ def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(tiny_yaml, teacher
         ("temperature: 0", [], ConfigError, "temperature must be positive"),
         ("states: 1", ["model.decoder.width=16"], ConfigError, "not 16 with 32"),
         ("weight: 0.5", ["model.encoders.fused.image_size=32"], ConfigError, "they take other inputs"),
-        ("weight: 0.5", ["tokenizer.path=", "tokenizer.vocab_size=300"], CheckpointError, "was trained on other tokens"),
+        ("weight: 0.5", ["tokenizer.path=''", "tokenizer.vocab_size=300"], CheckpointError, "was trained on other tokens"),
     ],
 )
 def test_what_cannot_teach_is_refused(tiny_yaml, teacher, tmp_path, distill, more, error, message):
