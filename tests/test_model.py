@@ -139,9 +139,9 @@ def test_the_loss_is_cross_entropy_of_the_targets(model):
 def test_targets_count_by_their_documents_weight_and_are_logged_by_modality(model):
     own = documents(model)
     weighted = [replace(d, weight=1.0 + n, modality="image" if "picture" in d.key else "text") for n, d in enumerate(own)]
-    alone = [float(model(make_batch([[document]], model.processors))) for document in own]
+    alone = [model(make_batch([[document]], model.processors)).item() for document in own]
     batch = make_batch([weighted], model.processors)
-    assert float(model(batch)) == pytest.approx(sum((1 + n) * loss for n, loss in enumerate(alone)))
+    assert model(batch).item() == pytest.approx(sum((1 + n) * loss for n, loss in enumerate(alone)))
     for name, (nats, count) in model.parts.items():
         chosen = [n for n, document in enumerate(weighted) if f"loss/{document.modality}" == name]
         assert float(nats) == pytest.approx(sum(alone[n] for n in chosen))
