@@ -48,7 +48,7 @@ class SourceConfig:
     `image_text` gives a caption's beginning to the encoder, as the paper always does: what is said first, the subject, is
     otherwise seldom predicted from the image alone. `crop` below 1 shows a part of the image, drawn anew at each visit, of at
     least this share of either side; `mirror` shows every second one mirrored, which is for captions without left and right;
-    `perturb` lets sounds be heard with another pitch and tempo, by up to this share, and with as wide gaps.
+    `perturb` lets sounds be heard with another pitch and tempo, brighter or darker, by up to this share, and with as wide gaps.
     """
 
     shards: str | list[str]

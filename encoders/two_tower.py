@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from metalm.encoders.base import Encoder, EncoderConfig
 from metalm.encoders.text import TextProcessor
 from metalm.errors import ConfigError
-from metalm.nn.attention import Mask, Predicate, all_of, attend, causal, same_document
+from metalm.nn.attention import Mask, Predicate, all_of, attend, causal, everywhere, same_document
 from metalm.nn.transformer import (
     MLP,
     Attention,
@@ -94,12 +94,8 @@ def anticausal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return k >= q
 
 
-def anywhere(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    return k >= 0
-
-
 # What a position sees of the forward and of the backward states.
-SIGHTS = {"full": (before, after), "curr": (causal, anticausal), "none": (anywhere, anywhere)}
+SIGHTS = {"full": (before, after), "curr": (causal, anticausal), "none": (everywhere, everywhere)}
 
 
 def any_of(one: Predicate, other: Predicate) -> Predicate:

@@ -24,7 +24,7 @@ Shapes: B rows, T positions of a row, L targets, N spans of one encoder, M vecto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -297,15 +297,10 @@ def _span_batch(spans: list[tuple[Span, int]], processor: Any) -> SpanBatch:
     return SpanBatch(collated.inputs, collated.source, torch.tensor(lengths), max(lengths), positions, vectors)
 
 
-def map_inputs(document: Document, change: Callable[[Span], dict[str, Any]]) -> Document:
-    """The document with other inputs in each of its spans."""
-
-    def changed(segments: Sequence[Text | Span]) -> list[Text | Span]:
-        return [replace(s, inputs=change(s)) if isinstance(s, Span) else s for s in segments]
-
-    return replace(document, segments=changed(document.segments), branches=[changed(branch) for branch in document.branches])
-
-
 def load_spans(document: Document, processors: dict[str, Any]) -> Document:
     """The document with the media of its spans decoded; raises `DataError` on broken media."""
-    return map_inputs(document, lambda span: processors[span.encoder].load(span.inputs))
+
+    def loaded(segments: Sequence[Text | Span]) -> list[Text | Span]:
+        return [replace(s, inputs=processors[s.encoder].load(s.inputs)) if isinstance(s, Span) else s for s in segments]
+
+    return replace(document, segments=loaded(document.segments), branches=[loaded(branch) for branch in document.branches])

@@ -49,7 +49,7 @@ def within(position_BT: Tensor, window: int) -> Predicate:
 
 
 def all_of(*predicates: Predicate) -> Predicate:
-    predicates = tuple(predicate for predicate in predicates if predicate is not everywhere)
+    predicates = tuple(predicate for predicate in predicates if predicate is not everywhere) or (everywhere,)
 
     def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         allowed = predicates[0](b, h, q, k)
