@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metalm.data.sample import Media, Question, Sample
+from metalm.data.takes import Take
 from metalm.data.tokenizer import Tokenizer
-from metalm.data.views import View, Warp
+from metalm.data.views import View
 from metalm.errors import ConfigError, DataError
 from metalm.nn.packing import pack
 from metalm.objectives.base import Objective, TextLayout
@@ -54,7 +55,7 @@ class Interface:
     max_length: int
     layout: TextLayout | None = None
     fusion: bool = False
-    views: dict[str, View | Warp] = field(default_factory=dict)
+    views: dict[str, View | Take] = field(default_factory=dict)
 
     def __post_init__(self):
         def find(*reads: str) -> str | None:

@@ -30,7 +30,8 @@ from metalm.config import plugin
 from metalm.data.prompts import TASKS, Interface
 from metalm.data.sample import Sample
 from metalm.data.shards import list_shards, read_shard
-from metalm.data.views import View, Warp, draw_view, draw_warp
+from metalm.data.takes import QUIET, Take, draw_take
+from metalm.data.views import View, draw_view
 from metalm.errors import ConfigError, DataError
 from metalm.nn.packing import pack
 from metalm.objectives import OBJECTIVES
@@ -48,7 +49,8 @@ class SourceConfig:
     `image_text` gives a caption's beginning to the encoder, as the paper always does: what is said first, the subject, is
     otherwise seldom predicted from the image alone. `crop` below 1 shows a part of the image, drawn anew at each visit, of at
     least this share of either side; `mirror` shows every second one mirrored, which is for captions without left and right;
-    `perturb` lets sounds be heard with another pitch and tempo, brighter or darker, by up to this share, and with as wide gaps.
+    sounds may be heard with up to `pad` seconds of silence on either side, in `noise` that is at least so many decibels below
+    them, and `perturb`ed: with another pitch and tempo, brighter or darker, by up to this share, and with as wide gaps.
     """
 
     shards: str | list[str]
@@ -59,6 +61,8 @@ class SourceConfig:
     prefix: float = 1.0
     crop: float = 1.0
     mirror: bool = False
+    pad: float = 0.0
+    noise: float | None = None
     perturb: float = 0.0
     objective: object = plugin(OBJECTIVES, default=None)
 
@@ -76,6 +80,10 @@ class SourceConfig:
             raise ConfigError(f"crop {self.crop} is the least share of a side that is kept, above 0 and at most 1")
         if not 0 <= self.perturb < 1:
             raise ConfigError(f"perturb {self.perturb} is the most by which a sound is changed, from 0 to below 1")
+        if self.pad < 0:
+            raise ConfigError(f"pad {self.pad} is how many seconds of silence a sound has at most on either side, at least 0")
+        if self.noise is not None and self.noise > QUIET:
+            raise ConfigError(f"noise {self.noise} is how many decibels it is below a sound at least, at most {QUIET:g}")
         if self.task != "text" and self.objective is not None:
             raise ConfigError(f"the task {self.task!r} takes no objective")
 
@@ -143,7 +151,9 @@ def check_fits(source: SourceConfig, interface: Interface) -> None:
         raise ConfigError(f"{source.shards}: the task {source.task!r} is for a model of its own, see metalm.models")
     reader = interface.readers.get("audio") if source.perturb else None
     if reader and not getattr(interface.processors[reader], "warps", False):
-        raise ConfigError(f"{source.shards}: perturb changes log-mel bands, and the encoder {reader!r} reads waves")
+        raise ConfigError(
+            f"{source.shards}: perturb changes log-mel bands, and the encoder {reader!r} reads waves: take pad and noise"
+        )
     if source.task == "text" and not interface.layout and not source.objective:
         raise ConfigError(f"{source.shards}: the task text needs an objective, one of: {', '.join(OBJECTIVES.names())}")
 
@@ -351,14 +361,14 @@ class PackedStream(IterableDataset):
                 )
         return documents
 
-    def draw_views(self, i: int, seed: str) -> dict[str, View | Warp]:
+    def draw_views(self, i: int, seed: str) -> dict[str, View | Take]:
         """By medium, how a sample of the i-th source is seen or heard; nothing where it is as it is."""
         source, rng = self.sources[i], random.Random(seed)
-        views: dict[str, View | Warp] = {}
+        views: dict[str, View | Take] = {}
         if source.crop < 1 or source.mirror:
             views["image"] = views["video"] = draw_view(source.crop, source.mirror, rng)
-        if source.perturb:
-            views["audio"] = draw_warp(source.perturb, rng)
+        if source.pad or source.noise is not None or source.perturb:
+            views["audio"] = draw_take(source.pad, source.noise, source.perturb, rng)
         return views
 
 

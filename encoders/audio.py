@@ -30,7 +30,7 @@ class AudioProcessor(Processor):
     chunk: int
     shortest: int
     reads = frozenset({"audio"})
-    warps: ClassVar[bool] = False  # whether a `Warp` changes what is read
+    warps: ClassVar[bool] = False  # whether a take's `Warp` changes what is read
 
     def __post_init__(self):
         if self.chunk < self.shortest:
@@ -54,14 +54,22 @@ class AudioProcessor(Processor):
         return [self.chunk] * whole + [max(rest, self.shortest)] * bool(rest)
 
     def num_states(self, inputs: dict) -> int:
-        samples = inputs["samples"] if "samples" in inputs else num_samples(inputs["audio"], self.sample_rate)
-        return sum(map(self.states_of, self.chunks(samples)))
+        return sum(map(self.states_of, self.chunks(self.num_samples(inputs))))
+
+    def num_samples(self, inputs: dict) -> int:
+        """Length of a clip, loaded or not."""
+        if "samples" in inputs:
+            return inputs["samples"]
+        samples, take = num_samples(inputs["audio"], self.sample_rate), inputs.get("view")
+        return take.samples(samples, self.sample_rate) if take else samples
 
     def load(self, inputs: dict) -> dict:
         wave_T = decode_audio(inputs["audio"], self.sample_rate)
         announced = num_samples(inputs["audio"], self.sample_rate)
         if len(wave_T) != announced:
             raise DataError(f"a sound that breaks off: {len(wave_T):,} of {announced:,} samples are there")
+        if take := inputs.get("view"):
+            wave_T = take.record(wave_T, self.sample_rate)
         chunks = self.chunks(len(wave_T))
         padded_T = torch.nn.functional.pad(wave_T, (0, sum(chunks) - len(wave_T)))
         return {"audio": self.features(padded_T, inputs), "samples": len(wave_T)}

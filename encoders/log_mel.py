@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metalm.data.views import warp_features
+from metalm.data.takes import warp_features
 from metalm.encoders.audio import AudioProcessor
 from metalm.encoders.base import Encoder, EncoderConfig
 from metalm.errors import ConfigError
@@ -27,7 +27,6 @@ from metalm.nn.attention import Mask
 from metalm.nn.transformer import Transformer, TransformerConfig, init_weights
 
 STRIDE = 4  # frames a state
-RANGE = 6 * math.log(10)  # 60 dB of power
 
 
 @dataclass(kw_only=True)
@@ -36,7 +35,7 @@ class LogMelConfig(TransformerConfig, EncoderConfig):
 
     Clips longer than `chunk_seconds` are read in chunks. `channels` are those of the convolutions. `normalize` takes the mean
     off the clip as a whole, whose spectrum stays (sounds), or off each band, and with it what a microphone and a voice add
-    (speech).
+    (speech). What is more than `dynamic_range` decibels below the loudest place counts as silence.
     """
 
     sample_rate: int = 16000
@@ -46,6 +45,7 @@ class LogMelConfig(TransformerConfig, EncoderConfig):
     chunk_seconds: float = 30.0
     channels: int = 32
     normalize: Literal["clip", "bands"] = "clip"
+    dynamic_range: float = 60.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,6 +53,8 @@ class LogMelConfig(TransformerConfig, EncoderConfig):
             raise ConfigError("relative_bias is for text: give sound sinusoidal, learned or rotary positions")
         if min(self.sample_rate, self.mels, self.channels) < 1 or not 0 < self.hop <= self.window:
             raise ConfigError("sample_rate, mels and channels must be at least 1, and the hop above 0 and at most the window")
+        if self.dynamic_range <= 0:
+            raise ConfigError(f"dynamic_range {self.dynamic_range} is in decibels, above 0")
         needed = states_of(self.frames_of(self.chunk))
         if self.positions == "learned" and needed > self.max_positions:
             raise ConfigError(f"chunk_seconds {self.chunk_seconds} are {needed} states, more than max_positions")
@@ -88,14 +90,12 @@ class LogMelProcessor(AudioProcessor):
 
     def features(self, wave_T: Tensor, inputs: dict) -> Tensor:
         log_FM = log_mel(wave_T, self.config)
-        return warp_features(log_FM, inputs["view"]) if inputs.get("view") else log_FM
+        warp = inputs["view"].warp if inputs.get("view") else None
+        return warp_features(log_FM, warp) if warp else log_FM
 
 
 def log_mel(wave_T: Tensor, config: LogMelConfig) -> Tensor:
-    """Log-mel frames [F, M] of a wave, of mean 0 and standard deviation 1: loudness is no part of them.
-
-    What is more than 60 dB below the loudest place counts as silence.
-    """
+    """Log-mel frames [F, M] of a wave, of mean 0 and standard deviation 1: loudness is no part of them."""
     import torchaudio
 
     window = round(config.window * config.sample_rate)
@@ -114,7 +114,7 @@ def log_mel(wave_T: Tensor, config: LogMelConfig) -> Tensor:
         size // 2 + 1, 20.0, config.sample_rate / 2, config.mels, config.sample_rate, norm="slaney"
     )
     logs_FM = ((spectrum**2).T @ filters + 1e-8).log()
-    logs_FM = logs_FM.clamp(min=logs_FM.max() - RANGE)
+    logs_FM = logs_FM.clamp(min=logs_FM.max() - config.dynamic_range / 10 * math.log(10))
     logs_FM = logs_FM - (logs_FM.mean(0) if config.normalize == "bands" else logs_FM.mean())
     return logs_FM / (logs_FM.std() + 1e-5)
 

@@ -16,7 +16,7 @@ from metalm.data.audio import decode_audio, encode_wav, num_samples
 from metalm.data.importers import import_dataset
 from metalm.data.sample import Sample, extension_of, sample_from_members, sample_to_members
 from metalm.data.shards import read_samples, write_shards
-from metalm.data.views import Warp, draw_warp, warp_features
+from metalm.data.takes import QUIET, Noise, Take, Warp, draw_take, warp_features
 from metalm.errors import DataError
 
 
@@ -193,10 +193,10 @@ def test_a_warp_of_nothing_changes_nothing_and_others_keep_the_length():
     log_FM = torch.randn(37, 20, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(warp_features(log_FM, Warp(0, 0, 0, 0, (0.5, 0), (0.5, 0))), log_FM)
     rng = random.Random(0)
-    changed = [warp_features(log_FM, draw_warp(0.3, rng)) for _ in range(50)]
+    changed = [warp_features(log_FM, draw_take(0, None, 0.3, rng).warp) for _ in range(50)]
     assert all(one.shape == log_FM.shape and one.isfinite().all() for one in changed)
     assert all((one - log_FM).abs().max() > 0.1 for one in changed)
-    assert warp_features(log_FM[:1], draw_warp(0.3, rng)).shape == (1, 20)
+    assert warp_features(log_FM[:1], draw_take(0, None, 0.3, rng).warp).shape == (1, 20)
 
 
 def test_a_warp_bends_time_and_frequency():
@@ -212,3 +212,42 @@ def test_a_warp_bends_time_and_frequency():
     assert higher[10] == 12 and higher[-1] == 49
     gaps = warp_features(torch.ones(40, 40) + torch.eye(40), Warp(0, 0, 0, 0, (0.5, 0.25), (0.25, 0.5)))
     assert (gaps[:20] == 1).all() and (gaps[:, 15:25] == 1).all() and gaps[30, 30] == 2
+
+
+def sine(hertz: float, samples: int = 8000) -> torch.Tensor:
+    return torch.sin(2 * torch.pi * hertz * torch.arange(samples) / 8000)
+
+
+def test_a_take_puts_silence_around_a_sound_and_counts_it():
+    take = Take(before=0.1, after=0.25)
+    recorded = take.record(sine(440), 8000)
+    assert len(recorded) == take.samples(8000, 8000) == 8000 + 800 + 2000
+    assert torch.equal(recorded[800:8800], sine(440)) and not recorded[:800].any() and not recorded[8800:].any()
+
+
+@pytest.mark.parametrize("decibels", [0, 20, 40])
+def test_noise_is_so_many_decibels_below_the_loudest_tenth(decibels):
+    wave = torch.cat([sine(440), torch.zeros(72_000)])  # a tenth is loud: the mean of its size is 2 / pi
+    noise = Noise(decibels, 0.0, 3).over(wave) - wave
+    assert 20 * torch.log10(2 / torch.pi / noise.square().mean().sqrt()) == pytest.approx(decibels, abs=0.01)
+
+
+def test_noise_has_its_color_and_its_seed():
+    def slope(color: float) -> float:
+        power = torch.fft.rfft(Noise(0, color, 5).over(sine(440, 80_000)) - sine(440, 80_000)).abs().square()
+        return (10 * torch.log10(power[20_000:40_000].mean() / power[10_000:20_000].mean())).item()
+
+    assert [slope(color) for color in (-1, 0, 1)] == pytest.approx([-6.02, 0, 6.02], abs=0.3)  # decibels an octave
+    wave = sine(300)
+    assert torch.equal(Noise(5, 0.3, 1).over(wave), Noise(5, 0.3, 1).over(wave))
+    assert not torch.equal(Noise(5, 0.3, 1).over(wave), Noise(5, 0.3, 2).over(wave))
+    for samples in (1, 2, 3):
+        assert Noise(5, -0.5, 1).over(sine(440, samples)).isfinite().all()
+
+
+def test_takes_are_drawn_within_what_is_asked():
+    takes = [draw_take(0.2, 5.0, 0.1, random.Random(seed)) for seed in range(200)]
+    assert 0 <= min(take.before for take in takes) < 0.01 and 0.19 < max(take.after for take in takes) <= 0.2
+    assert 5 <= min(take.noise.decibels for take in takes) < 10 and 55 < max(take.noise.decibels for take in takes) <= QUIET
+    assert max(abs(take.warp.pitch) for take in takes) <= 0.1
+    assert draw_take(0.2, None, 0, random.Random(0)).noise is None and draw_take(0, 5, 0, random.Random(0)).warp is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 import torchaudio
@@ -14,6 +16,7 @@ from metalm.data.prompts import Interface
 from metalm.data.sample import Sample
 from metalm.data.shards import write_shards
 from metalm.data.stream import DataConfig, PackedStream
+from metalm.data.takes import Take, Warp, draw_take
 from metalm.data.tokenizer import Tokenizer
 from metalm.encoders import ENCODERS
 from metalm.encoders.base import Encoder
@@ -137,13 +140,23 @@ def test_what_is_60_db_below_the_loudest_is_silence():
 
 
 def test_a_view_is_heard_in_training():
-    from metalm.data.views import Warp
-
-    encoder = make(MEL)
+    processor = make(MEL).processor
     clip = hiss(8000, 8000)
-    plain = encoder.processor.load({"audio": clip})
-    warped = encoder.processor.load({"audio": clip, "view": Warp(0.1, 0.1, 0.1, 0.1, (0.5, 0.2), (0.5, 0.2))})
+    plain = processor.load({"audio": clip})
+    warped = processor.load({"audio": clip, "view": Take(warp=Warp(0.1, 0.1, 0.1, 0.1, (0.5, 0.2), (0.5, 0.2)))})
     assert plain["audio"].shape == warped["audio"].shape and not torch.equal(plain["audio"], warped["audio"])
+
+
+@pytest.mark.parametrize("kind", ["log_mel", "speech"])
+def test_states_of_a_take_are_counted_as_they_are_made(kind):
+    processor = make(MEL).processor if kind == "log_mel" else speech().processor
+    for seed in range(20):
+        rng = random.Random(seed)
+        take = draw_take(0.5, 5.0, 0.2 if processor.warps else 0.0, rng)
+        inputs = {"audio": hiss(rng.randrange(800, 20_000)), "view": take}
+        loaded = processor.load(inputs)
+        assert processor.num_states(inputs) == processor.num_states(loaded) == len(processor.collate([loaded]).source)
+        assert not torch.equal(loaded["audio"], processor.load({"audio": inputs["audio"]})["audio"])
 
 
 def test_gradients_reach_every_weight():
@@ -180,8 +193,11 @@ def test_weights_of_another_shape_are_refused(tmp_path):
 
 def test_waves_are_not_perturbed(tmp_path):
     write_shards([Sample("a", audio=hiss(4000), captions=["hiss"])], tmp_path, samples_per_shard=1)
-    source = {"shards": str(tmp_path), "task": "captioning", "perturb": 0.2}
+    source = {"shards": str(tmp_path), "task": "captioning", "perturb": 0.2, "pad": 0.1, "noise": 5}
     data = build(DataConfig, {"train": [source], "workers": 0}, "test")
+    for wrong in ({"pad": -1}, {"noise": 61}, {"perturb": 1}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            build(DataConfig, {"train": [source | wrong]}, "test")
     tokenizer = Tokenizer.train(["hiss"], 280)
     for encoder in (make(MEL), speech()):
         interface = Interface(tokenizer, {"ear": encoder.processor}, {"ear": ConnectorConfig("linear")}, 256)
