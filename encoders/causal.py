@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from metalm.encoders.text import TextEncoder, TextEncoderConfig
-from metalm.nn.attention import Mask, all_of, causal, same_document, within
+from metalm.nn.attention import Mask, all_of, by_window, causal, same_document, within
 
 
 @dataclass(kw_only=True)
@@ -36,6 +36,10 @@ class CausalEncoder(TextEncoder):
 
     def forward(self, tokens_RS: Tensor, span_RS: Tensor, position_RS: Tensor) -> Tensor:
         R, S = tokens_RS.shape
-        predicate = all_of(causal, same_document(span_RS), within(position_RS, self.window))
-        mask = Mask(predicate, R, S, S, tokens_RS.device)
+
+        def make(window: int) -> Mask:
+            predicate = all_of(causal, same_document(span_RS), within(position_RS, window))
+            return Mask(predicate, R, S, S, tokens_RS.device)
+
+        mask = by_window(self.windows, make)
         return self.transformer(self.embedding(tokens_RS) * self.scale, position_RS, mask)

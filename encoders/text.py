@@ -10,27 +10,18 @@ from torch import Tensor, nn
 
 from metalm.encoders.base import Collated, Encoder, EncoderConfig, Processor, pack_spans
 from metalm.errors import ConfigError, DataError
-from metalm.nn.attention import Mask, all_of, same_document, within
-from metalm.nn.transformer import Transformer, TransformerConfig, init_weights
+from metalm.nn.attention import Mask, all_of, by_window, same_document, within
+from metalm.nn.transformer import TextStackConfig, Transformer, init_weights
 
 
 @dataclass(kw_only=True)
-class TextEncoderConfig(TransformerConfig, EncoderConfig):
-    """A stack with a vocabulary (0: the tokenizer's); spans longer than `max_positions` are refused.
-
-    A state sees those less than `window` positions away (0: all).
-    """
+class TextEncoderConfig(TextStackConfig, EncoderConfig):
+    """A stack with a vocabulary (0: the tokenizer's); spans longer than `max_positions` are refused."""
 
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
     relative_bias: bool = True
     max_positions: int = 512
     vocab_size: int = 0
-    window: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.window < 0:
-            raise ConfigError(f"window is {self.window}, it must be positive, or 0 for none")
 
 
 @dataclass
@@ -72,7 +63,7 @@ class TextEncoder(Encoder):
         super().__init__()
         if config.vocab_size < 1:
             raise ConfigError("the text encoder's vocab_size is not set and there is no tokenizer to take it from")
-        self.width, self.window = config.width, config.window
+        self.width, self.windows = config.width, config.windows
         self.processor = TextProcessor(config.max_positions)
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         init_weights(self.embedding)
@@ -80,7 +71,9 @@ class TextEncoder(Encoder):
 
     def forward(self, tokens_RS: Tensor, span_RS: Tensor, position_RS: Tensor) -> Tensor:
         R, S = tokens_RS.shape
-        mask = Mask(all_of(same_document(span_RS), within(position_RS, self.window)), R, S, S, tokens_RS.device)
+        mask = by_window(
+            self.windows, lambda n: Mask(all_of(same_document(span_RS), within(position_RS, n)), R, S, S, tokens_RS.device)
+        )
         return self.transformer(self.embedding(tokens_RS), position_RS, mask)
 
     def layers(self) -> list[nn.Module]:

@@ -7,32 +7,31 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from metalm.errors import ConfigError
-from metalm.nn.attention import KVCache, Mask, all_of, causal, within
+from metalm.nn.attention import KVCache, LayerMasks, Mask, all_of, by_window, causal, soft_cap, within
 from metalm.nn.freezing import Trainable
-from metalm.nn.transformer import Attends, Transformer, TransformerConfig, init_weights
+from metalm.nn.transformer import Attends, TextStackConfig, Transformer, init_weights
 
 
 @dataclass
-class DecoderConfig(TransformerConfig):
+class DecoderConfig(TextStackConfig):
     """A stack with a vocabulary.
 
     `vocab_size` 0 takes the tokenizer's; `tied`: the softmax's matrix is that of the embeddings, which `scaled` multiplies by
-    the root of the width (as sinusoidal positions always do); a position sees itself and the `window` - 1 before it (0: all);
-    `trainable`: all, none, or the last n layers; `init_from`: a
-    run or export whose decoder this is to be, shape and weights.
+    the root of the width (as sinusoidal positions always do); `logit_softcap` s makes logits x into s tanh(x / s) (0: none);
+    `trainable`: all, none, or the last n layers; `init_from`: a run or export whose decoder this is to be, shape and weights.
     """
 
     vocab_size: int = 0
     tied: bool = True
     scaled: bool = False
-    window: int = 0
+    logit_softcap: float = 0.0
     trainable: Trainable = "all"
     init_from: str = ""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.window < 0:
-            raise ConfigError(f"window is {self.window}, it must be positive, or 0 for none")
+        if self.logit_softcap < 0:
+            raise ConfigError(f"logit_softcap is {self.logit_softcap}, it must be positive, or 0 for none")
         if self.relative_bias:
             raise ConfigError("relative_bias is for encoders: the decoder's key-value cache does not carry it")
 
@@ -70,7 +69,11 @@ class CausalDecoder(nn.Module):
         return self.embedding(tokens) * self.scale
 
     def forward(
-        self, x_BTD: Tensor, position_BT: Tensor, mask: Mask | str | Attends = "causal", cache: KVCache | None = None
+        self,
+        x_BTD: Tensor,
+        position_BT: Tensor,
+        mask: Mask | LayerMasks | str | Attends = "causal",
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D]; `logits` turns those that are needed into predictions.
 
@@ -79,9 +82,9 @@ class CausalDecoder(nn.Module):
         """
         if self.config.window and mask == "causal":
             B, T = position_BT.shape
-            mask = Mask(all_of(causal, within(position_BT, self.config.window)), B, T, T, x_BTD.device)
+            mask = by_window(self.config.windows, lambda n: Mask(all_of(causal, within(position_BT, n)), B, T, T, x_BTD.device))
         return self.transformer(x_BTD, position_BT, mask, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
-        return nn.functional.linear(hidden, self.softmax_weight)
+        return soft_cap(nn.functional.linear(hidden, self.softmax_weight), self.config.logit_softcap)

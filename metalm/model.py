@@ -20,7 +20,7 @@ from metalm.encoders import ENCODERS
 from metalm.errors import ConfigError
 from metalm.fusion import Fusion, FusionConfig
 from metalm.hub import PretrainedModel
-from metalm.nn.attention import KVCache, Mask, all_of, causal, same_branch, same_document, within
+from metalm.nn.attention import KVCache, LayerMasks, Mask, all_of, by_window, causal, same_branch, same_document, within
 from metalm.nn.freezing import set_trainable
 from metalm.nn.losses import weighted_cross_entropy
 from metalm.nn.transformer import Attends
@@ -123,12 +123,15 @@ class MetaLM(PretrainedModel):
         """The decoder's states [B, T, D] at every position of the batch."""
         return self.decoder(self.embed(batch), batch.position_BT, self.attention(batch), cache)
 
-    def attention(self, batch: Batch) -> Mask | Attends:
+    def attention(self, batch: Batch) -> Mask | LayerMasks | Attends:
         """What the batch's positions see of each other."""
         B, T = batch.tokens_BT.shape
-        near = within(batch.position_BT, self.config.decoder.window)
-        predicate = all_of(causal, same_document(batch.document_BT), same_branch(batch.branch_BT), near)
-        return Mask(predicate, B, T, T, batch.tokens_BT.device)
+        seen = causal, same_document(batch.document_BT), same_branch(batch.branch_BT)
+
+        def make(window: int) -> Mask:
+            return Mask(all_of(*seen, within(batch.position_BT, window)), B, T, T, batch.tokens_BT.device)
+
+        return by_window(self.config.decoder.windows, make)
 
     def num_predictions(self, batch: Batch) -> int:
         return batch.num_targets
@@ -139,7 +142,8 @@ class MetaLM(PretrainedModel):
         `parts` are the unweighted nats of each modality.
         """
         hidden_LD = self.hidden(batch).flatten(0, 1)[batch.places_L]
-        loss, nats_L = weighted_cross_entropy(hidden_LD, self.decoder.softmax_weight, batch.targets_L, batch.weight_L)
+        weight_VD, softcap = self.decoder.softmax_weight, self.config.decoder.logit_softcap
+        loss, nats_L = weighted_cross_entropy(hidden_LD, weight_VD, batch.targets_L, batch.weight_L, softcap)
         self.parts = {
             f"loss/{name}": ((nats_L * (batch.modality_L == number)).sum(), count)
             for number, (name, count) in enumerate(batch.modalities.items())

@@ -144,7 +144,7 @@ def inherit(part: dict, name: str | Path, where: str) -> dict:
         _, source = read_part(name, source_of(where, part.get("type", "")))
     shape = {key: value for key, value in source.items() if key not in USE}
     if part.get("type") == "causal":  # a decoder that is only read
-        shape.pop("tied", None)
+        shape = {key: value for key, value in shape.items() if key not in ("tied", "logit_softcap")}
     return shape | {key: value for key, value in part.items() if key in USE or key not in source}
 
 

@@ -74,6 +74,7 @@ def read(model: MetaLM, documents: list[Document], batch_size: int) -> list[floa
         hidden_LD = model.hidden(batch).flatten(0, 1)
         for row, n in enumerate(numbers):
             own = batch.places_L // batch.tokens_BT.shape[1] == row
-            loss = linear_cross_entropy(hidden_LD[batch.places_L[own]], model.decoder.softmax_weight, batch.targets_L[own])
+            states_LD, softcap = hidden_LD[batch.places_L[own]], model.config.decoder.logit_softcap
+            loss = linear_cross_entropy(states_LD, model.decoder.softmax_weight, batch.targets_L[own], softcap)
             nats[n] = float(loss)
     return nats

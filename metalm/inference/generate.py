@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metalm.errors import ConfigError
 from metalm.model import MetaLM
-from metalm.nn.attention import KVCache, Mask, all_of, causal, same_document, within
+from metalm.nn.attention import KVCache, Mask, all_of, by_window, causal, same_document, within
 from metalm.segments import Document, load_spans, make_batch
 
 
@@ -72,9 +72,13 @@ class Decoding:
     def step(self, tokens_B: Tensor) -> None:
         """Feeds one token a row; `logits_BV` then predicts the next."""
         K = self.cache.length + 1
-        near = within(self.position_BK, self.model.config.decoder.window)
-        predicate = all_of(causal, same_document(self.document_BK), near)
-        mask = Mask(predicate, len(tokens_B), 1, K, tokens_B.device, first_query=K - 1)
+        seen = causal, same_document(self.document_BK)
+
+        def make(window: int) -> Mask:
+            predicate = all_of(*seen, within(self.position_BK, window))
+            return Mask(predicate, len(tokens_B), 1, K, tokens_B.device, first_query=K - 1)
+
+        mask = by_window(self.model.config.decoder.windows, make)
         x_B1D = self.model.decoder.embed(tokens_B[:, None])
         hidden = self.model.decoder(x_B1D, self.position_BK[:, K - 1 : K], mask, self.cache)
         self.logits_BV = self.model.decoder.logits(hidden[:, -1]).float()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from metalm.model import MetaLM
-from metalm.nn.attention import KVCache, Mask
+from metalm.nn.attention import KVCache, LayerMasks, Mask, by_window
 from metalm.nn.synchronous import PLAIN, Synchronous, synchronous
 
 
@@ -120,12 +120,16 @@ class Readings:
         replies = dict(zip(sorted(read), logits.split([read[row].predict for row in sorted(read)])))
         return {hole: (replies.get(2 * place[hole]), replies.get(2 * place[hole] + 1)) for hole in requests}
 
-    def attention(self, position_RT: Tensor, across_RT: Tensor) -> Mask | Synchronous:
+    def attention(self, position_RT: Tensor, across_RT: Tensor) -> Mask | LayerMasks | Synchronous:
         """A row sees its slots up to the query's own; and looks across where it is asked to."""
         (R, T), end = position_RT.shape, self.cache.end
         keys = 2 * end if self.synchronous else end
-        window = self.model.config.decoder.window or end
-        own = Mask(lambda b, h, q, k: (k <= position_RT[b, q]) & (k > position_RT[b, q] - window), R, T, keys, self.device)
+
+        def make(window: int) -> Mask:
+            first_RT = position_RT - (window or end)
+            return Mask(lambda b, h, q, k: (k <= position_RT[b, q]) & (k > first_RT[b, q]), R, T, keys, self.device)
+
+        own = by_window(self.model.config.decoder.windows, make)
         if not self.synchronous:
             return own
 

@@ -69,8 +69,8 @@ class Writing:
 class NewColumns(Section):
     """Queries that are all of the new columns, over the cached keys and their own."""
 
-    def attend(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, dropout: float) -> Tensor:
-        return attend(q_BHTD, k_BGTD, v_BGTD, self.mask, self.bias_BHQK, dropout)
+    def attend(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, dropout: float, softcap: float) -> Tensor:
+        return attend(q_BHTD, k_BGTD, v_BGTD, self.mask, self.bias_BHQK, dropout, softcap)
 
 
 def write_texts(

@@ -1,4 +1,4 @@
-"""Decoders of the ecosystem on our stack, and back: GPT-2, Llama (SmolLM, TinyLlama, …), Mistral, Qwen2, Qwen3 and Gemma.
+"""Decoders of the ecosystem on our stack, and back: GPT-2, Llama (SmolLM, TinyLlama, …), Mistral, Qwen2, Qwen3, Gemma 1 to 3.
 
     config.json            <->   DecoderConfig                by a family's table of settings
     *.safetensors          <->   CausalDecoder.state_dict()   by its table of names
@@ -36,17 +36,28 @@ class Rule(NamedTuple):
     offset: float = 0.0
 
 
-def llama_rules(norm_offset: float = 0.0) -> list[Rule]:
+# Ours and theirs of a layer's norms; where there are some after attention and MLP, the names shift.
+NORMS = {
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
+}
+POST_NORMS = NORMS | {
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+
+
+def llama_rules(norms: dict[str, str] = NORMS, norm_offset: float = 0.0) -> list[Rule]:
     block, layer = "transformer.blocks.{}.", "model.layers.{}."
     attention = [f"{layer}self_attn.{part}_proj" for part in "qkv"]
     rules = [
         Rule("embedding.weight", ("model.embed_tokens.weight",)),
         Rule("softmax.weight", ("lm_head.weight",)),
         Rule("transformer.norm.weight", ("model.norm.weight",), offset=norm_offset),
-        Rule(f"{block}attention_norm.weight", (f"{layer}input_layernorm.weight",), offset=norm_offset),
-        Rule(f"{block}mlp_norm.weight", (f"{layer}post_attention_layernorm.weight",), offset=norm_offset),
-        Rule(f"{block}attention.query_norm.weight", (f"{layer}self_attn.q_norm.weight",)),
-        Rule(f"{block}attention.key_norm.weight", (f"{layer}self_attn.k_norm.weight",)),
+        *(Rule(f"{block}{ours}.weight", (f"{layer}{theirs}.weight",), offset=norm_offset) for ours, theirs in norms.items()),
     ]
     for kind in ("weight", "bias"):
         rules += [
@@ -85,6 +96,7 @@ class Family:
         sizes: our names of what differs from model to model, and theirs.
         read: what else our configuration gets from theirs.
         write: what else theirs gets from ours.
+        fits: whether one of ours, whose settings are the family's, can be written as theirs.
     """
 
     architecture: str
@@ -93,6 +105,7 @@ class Family:
     rules: list[Rule]
     read: Callable[[Any], dict] = lambda config: {}
     write: Callable[[DecoderConfig], dict] = lambda config: {}
+    fits: Callable[[DecoderConfig], bool] = lambda config: True
 
 
 LLAMA_SIZES = {
@@ -115,29 +128,25 @@ GPT2_SIZES = {
     "vocab_size": "vocab_size",
     "tied": "tie_word_embeddings",
 }
-ROTARY = {
-    "norm": "rms",
-    "positions": "rotary",
-    "bias": False,
-    "mlp": "swiglu",
-    "qkv_bias": False,
-    "qk_norm": False,
-    "scaled": False,
-}
+UNCAPPED = {"attention_softcap": 0.0, "logit_softcap": 0.0}
+PLAIN = {"post_norm": False, "local_rotary_base": 0.0, "scale_width": 0, "qk_norm": False, "scaled": False, **UNCAPPED}
+ROTARY = {"norm": "rms", "positions": "rotary", "bias": False, "mlp": "swiglu", "qkv_bias": False}
+GEMMA = ROTARY | {"mlp": "geglu_tanh", "scaled": True}
 GATES = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh"}
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 
 
 def read_llama(config: Any) -> dict:
-    """Rotation, head width, biases, and a sliding window. One in some layers alone becomes `max_positions`: a text within it is
-    read as without, and a longer one is not what the model was made for."""
+    """Rotation, head width, biases, and sliding windows."""
     rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
+    rope = rope.get("full_attention", rope)  # Gemma 3's of its layers without a window
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise CheckpointError(f"{config.model_type}: rotary positions of the kind {kind!r} are not supported")
-    activation = config.hidden_act
-    if config.model_type == "gemma":  # whose first files say "gelu" and mean its approximation
+    if config.model_type.startswith("gemma"):  # the first files of which say "gelu" and mean its approximation
         activation = getattr(config, "hidden_activation", None) or "gelu_pytorch_tanh"
+    else:
+        activation = config.hidden_act
     if activation not in GATES:
         raise CheckpointError(f"{config.model_type}: the activation {activation!r} is not supported")
     if getattr(config, "mlp_bias", False) or (config.model_type != "qwen2" and getattr(config, "attention_bias", False)):
@@ -150,17 +159,73 @@ def read_llama(config: Any) -> dict:
         "head_width": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         "rotary_base": rope["rope_theta"],
         "rotary_scaling": None if kind == "default" else {name: float(rope[name]) for name in scaling if rope.get(name)},
-        **read_window(config),
+        "window": read_window(config),
     }
 
 
-def read_window(config: Any) -> dict:
-    longest = config.max_position_embeddings
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def read_window(config: Any) -> int | list[int]:
+    """Of all layers, or of each."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if not window or window >= longest:
-        return {"max_positions": longest, "window": 0}
-    everywhere = set(getattr(config, "layer_types", None) or ["sliding_attention"]) == {"sliding_attention"}
-    return {"max_positions": longest, "window": window} if everywhere else {"max_positions": window, "window": 0}
+    kinds = getattr(config, "layer_types", None) or [SLIDING]
+    windows = [window or 0 if kind == SLIDING else 0 for kind in kinds]
+    return windows if len(set(windows)) > 1 else windows[0]
+
+
+def write_window(config: DecoderConfig) -> dict:
+    if not config.window:
+        return {"use_sliding_window": False}
+    kinds = [SLIDING if window else FULL for window in config.windows]
+    return {"sliding_window": max(config.windows), "layer_types": kinds, "use_sliding_window": True}
+
+
+def one_window(config: DecoderConfig) -> bool:
+    """In some layers or in all."""
+    return len(set(config.windows) - {0}) <= 1
+
+
+def read_gemma2(config: Any) -> dict:
+    """Soft caps, and by what scores are divided; raises `CheckpointError` where it is none that reads from left to right."""
+    if getattr(config, "use_bidirectional_attention", False):
+        raise CheckpointError(f"{config.model_type}: it reads in both directions, and is no decoder")
+    ours = read_llama(config)
+    width = config.query_pre_attn_scalar
+    return ours | {
+        "attention_softcap": config.attn_logit_softcapping or 0.0,
+        "logit_softcap": config.final_logit_softcapping or 0.0,
+        "scale_width": 0 if width == ours["head_width"] else width,
+    }
+
+
+def write_gemma2(config: DecoderConfig) -> dict:
+    return write_llama(config) | {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": config.scale_width or config.head_width,
+        "attn_logit_softcapping": config.attention_softcap or None,
+        "final_logit_softcapping": config.logit_softcap or None,
+        "sliding_window": max(config.windows) or config.max_positions,  # transformers wants one, though no layer has it
+        "layer_types": [SLIDING if window else FULL for window in config.windows],
+    }
+
+
+def read_gemma3(config: Any) -> dict:
+    """Its layers with a window rotate by a base of their own; scores it does not cap, whatever its configuration says."""
+    ours = read_gemma2(config) | {"attention_softcap": 0.0}
+    local = config.rope_parameters[SLIDING]
+    if local["rope_type"] != "default":
+        raise CheckpointError(f"{config.model_type}: scaled rotary positions of layers with a window are not supported")
+    return ours | {"local_rotary_base": local["rope_theta"] if ours["window"] else 0.0}
+
+
+def write_gemma3(config: DecoderConfig) -> dict:
+    theirs = write_gemma2(config)
+    local = config.local_rotary_base or config.rotary_base
+    return theirs | {
+        "rope_parameters": {FULL: theirs["rope_parameters"], SLIDING: {"rope_type": "default", "rope_theta": local}},
+        "rope_local_base_freq": local,  # as versions of transformers before 5 have it
+    }
 
 
 def write_llama(config: DecoderConfig) -> dict:
@@ -192,44 +257,68 @@ def write_gpt2(config: DecoderConfig) -> dict:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", ROTARY | {"window": 0}, LLAMA_SIZES, llama_rules(), read_llama, write_llama),
+    "llama": Family("LlamaForCausalLM", PLAIN | ROTARY | {"window": 0}, LLAMA_SIZES, llama_rules(), read_llama, write_llama),
     "mistral": Family(
         "MistralForCausalLM",
-        ROTARY,
+        PLAIN | ROTARY,
         LLAMA_SIZES,
         llama_rules(),
         read_llama,
         lambda c: write_llama(c) | {"sliding_window": c.window or None},
+        lambda c: not isinstance(c.window, list),
     ),
     "qwen2": Family(
-        "Qwen2ForCausalLM", ROTARY | {"qkv_bias": True, "window": 0}, LLAMA_SIZES, llama_rules(), read_llama, write_llama
+        "Qwen2ForCausalLM",
+        PLAIN | ROTARY | {"qkv_bias": True},
+        LLAMA_SIZES,
+        llama_rules(),
+        read_llama,
+        lambda c: write_llama(c) | write_window(c),
+        one_window,
     ),
     "qwen3": Family(
-        "Qwen3ForCausalLM", ROTARY | {"qk_norm": True, "window": 0}, LLAMA_SIZES, llama_rules(), read_llama, write_llama
+        "Qwen3ForCausalLM",
+        PLAIN | ROTARY | {"qk_norm": True},
+        LLAMA_SIZES,
+        llama_rules(),
+        read_llama,
+        lambda c: write_llama(c) | write_window(c),
+        one_window,
     ),
     "gemma": Family(
         "GemmaForCausalLM",
-        ROTARY | {"mlp": "geglu_tanh", "scaled": True, "window": 0},
+        PLAIN | GEMMA | {"window": 0},
         LLAMA_SIZES,
         llama_rules(norm_offset=1.0),
         read_llama,
         lambda c: write_llama(c) | {"hidden_activation": "gelu_pytorch_tanh"},
     ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        GEMMA | {"post_norm": True, "qk_norm": False, "local_rotary_base": 0.0},
+        LLAMA_SIZES,
+        llama_rules(POST_NORMS, norm_offset=1.0),
+        read_gemma2,
+        write_gemma2,
+        one_window,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        GEMMA | {"post_norm": True, "qk_norm": True, "attention_softcap": 0.0},
+        LLAMA_SIZES,
+        llama_rules(POST_NORMS, norm_offset=1.0),
+        read_gemma3,
+        write_gemma3,
+        one_window,
+    ),
     "gpt2": Family(
         "GPT2LMHeadModel",
-        {
-            "norm": "layer",
-            "positions": "learned",
-            "bias": True,
-            "qkv_bias": None,
-            "qk_norm": False,
-            "scaled": False,
-            "window": 0,
-        },
+        PLAIN | {"norm": "layer", "positions": "learned", "bias": True, "qkv_bias": None, "window": 0},
         GPT2_SIZES,
         gpt2_rules(),
         read_gpt2,
         write_gpt2,
+        lambda c: c.mlp not in ("swiglu", "geglu_tanh") and (c.kv_heads, c.head_width) == (c.heads, c.width // c.heads),
     ),
 }
 
@@ -348,13 +437,10 @@ def family_of(config: DecoderConfig) -> tuple[str, Family]:
         CheckpointError: there is none.
     """
     for name, family in FAMILIES.items():
-        expected = family.settings | (
-            {"kv_heads": config.heads, "head_width": config.width // config.heads} if name == "gpt2" else {}
-        )
         plain = vars(config) | {"qkv_bias": None if config.qkv_bias == config.bias else config.qkv_bias}
-        wanted = expected | {"qkv_bias": None if expected["qkv_bias"] == expected["bias"] else expected["qkv_bias"]}
-        gated = config.mlp in ("swiglu", "geglu_tanh")
-        if all(plain[key] == value for key, value in wanted.items()) and gated == (name != "gpt2"):
+        wanted = family.settings
+        wanted = wanted | {"qkv_bias": None if wanted["qkv_bias"] == wanted["bias"] else wanted["qkv_bias"]}
+        if all(plain[key] == value for key, value in wanted.items()) and family.fits(config):
             return name, family
     raise CheckpointError(
         f"no family of the ecosystem has this decoder's choices (norm {config.norm}, positions {config.positions}, mlp "

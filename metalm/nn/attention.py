@@ -10,15 +10,16 @@ Shapes: B rows, H heads, G key-value heads, Q queries, K keys, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+CHUNK_SCORES = 1 << 26  # of soft-capped attention, held at a time: 256 MiB in float32
 
 
 def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -96,6 +97,22 @@ class Mask:
         return create_block_mask(self.predicate, self.rows, None, self.queries, self.keys, device=self.device)
 
 
+class LayerMasks(NamedTuple):
+    """A mask for each layer, of a stack whose layers see differently far."""
+
+    masks: tuple[Mask, ...]
+
+
+def by_window(windows: Sequence[int], make: Callable[[int], Mask]) -> Mask | LayerMasks:
+    """The mask of all layers where their windows are the same, else one for each; those of one window share theirs.
+
+    Args:
+        make: the mask that goes with a window, 0 for none.
+    """
+    masks = {window: make(window) for window in dict.fromkeys(windows)}
+    return masks[windows[0]] if len(masks) == 1 else LayerMasks(tuple(masks[window] for window in windows))
+
+
 @lru_cache(maxsize=1)
 def compiled_flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
@@ -110,13 +127,19 @@ def attend(
     mask: Mask | Literal["causal", "full"] = "full",
     bias_1HQK: Tensor | None = None,
     dropout: float = 0.0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v over the keys that the mask allows: [B, H, Q, D].
 
     Under "causal" the queries are the last of the keys. A query that the mask leaves without any key is an error of the
     mask, not handled here.
+
+    Args:
+        softcap: s > 0 makes scores x into s tanh(x / s), for which there is no kernel; see `_soft_capped`.
     """
     H, G = q_BHQD.shape[1], k_BGKD.shape[1]
+    if softcap:
+        return _soft_capped(q_BHQD, k_BGKD, v_BGKD, mask, bias_1HQK, dropout, softcap)
     # Short rows do not repay FlexAttention's blocks of 128, and it takes neither dropout nor a dense bias.
     if isinstance(mask, Mask) and q_BHQD.is_cuda and mask.first_query == 0 and mask.queries >= 256:
         if bias_1HQK is None and dropout == 0.0:
@@ -146,6 +169,45 @@ def _short_rows(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Mask | Lit
         scores = scores + mask.additive
     weights = F.dropout(scores.softmax(-1), dropout)
     return weights @ v_BHKD
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap tanh(x / cap): what is small stays as it is, nothing gets beyond the cap; 0 is none. Source: Gemma 2 (arXiv
+    2408.00118), section 2."""
+    return cap * torch.tanh(x / cap) if cap else x
+
+
+def _soft_capped(
+    q_BHQD: Tensor,
+    k_BGKD: Tensor,
+    v_BGKD: Tensor,
+    mask: Mask | Literal["causal", "full"],
+    bias_1HQK: Tensor | None,
+    dropout: float,
+    cap: float,
+) -> Tensor:
+    """Attention by plain matrix products, some queries at a time, softmax in float32.
+
+    Backwards the weights of all queries are kept, O(B H Q K): `activation_checkpointing` holds those of one layer alone.
+    """
+    H, G, Q, K, D = q_BHQD.shape[1], k_BGKD.shape[1], q_BHQD.shape[2], k_BGKD.shape[2], q_BHQD.shape[3]
+    k_BHKD, v_BHKD = (x.repeat_interleave(H // G, dim=1) for x in (k_BGKD, v_BGKD))
+    if isinstance(mask, Mask):
+        allowed = mask.dense
+    else:
+        allowed = torch.ones(1, 1, Q, K, dtype=torch.bool, device=q_BHQD.device).tril(K - Q if mask == "causal" else K)
+    step = max(1, CHUNK_SCORES // (len(q_BHQD) * H * K))
+    outputs = []
+    for start in range(0, Q, step):
+        part = slice(start, start + step)
+        scores = soft_cap(q_BHQD[:, :, part] * D**-0.5 @ k_BHKD.transpose(-1, -2), cap)
+        if bias_1HQK is not None:
+            scores = scores + bias_1HQK[:, :, part].to(scores.dtype)
+        scores = scores.masked_fill(~allowed[:, :, part], float("-inf"))
+        exact = torch.promote_types(scores.dtype, torch.float32)
+        weights = F.dropout(scores.softmax(-1, dtype=exact).to(v_BHKD.dtype), dropout)
+        outputs.append(weights @ v_BHKD)
+    return torch.cat(outputs, dim=2)
 
 
 class KVCache:

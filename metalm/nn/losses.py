@@ -1,6 +1,6 @@
 """Cross-entropy of tied or untied heads without ever holding [positions, vocabulary].
 
-    L = sum_n  logsumexp(h_n W^T) - h_n W^T[target_n]
+    L = sum_n  logsumexp(h_n W^T) - h_n W^T[target_n]                    (of s tanh(h_n W^T / s), under a soft cap s)
 
 The positions go through in chunks. Forward computes each chunk's loss and, with p - onehot at hand, its gradients too,
 so backward only scales them: the arithmetic of the dense form, the memory of one chunk's logits plus dW.
@@ -11,12 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metalm.nn.attention import soft_cap
+
 CHUNK_LOGITS = 1 << 24  # logits held at a time: 64 MiB in float32
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, importance_N: Tensor | None):
+    def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, importance_N: Tensor | None, softcap: float):
         chunk = max(1, CHUNK_LOGITS // weight_VD.shape[0])
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         accumulate = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
@@ -26,12 +28,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], chunk):
             h = hidden_ND[start : start + chunk]
             t = targets_N[start : start + chunk, None]
-            logits = (h @ weight_VD.T).to(accumulate)
+            logits = soft_cap((h @ weight_VD.T).to(accumulate), softcap)
+            slope = 1 - (logits / softcap).square() if softcap else None  # of the cap
             normaliser = logits.logsumexp(dim=1, keepdim=True)
             nats_N[start : start + chunk] = (normaliser - logits.gather(1, t))[:, 0]
             if need_hidden or need_weight:
                 grad = logits.sub_(normaliser).exp_()
                 grad.scatter_add_(1, t, torch.full_like(grad[:, :1], -1.0))
+                if slope is not None:
+                    grad *= slope
                 if importance_N is not None:
                     grad *= importance_N[start : start + chunk, None]
                 grad = grad.to(h.dtype)
@@ -52,25 +57,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else (grad_weight * grad).to(ctx.dtype),
             None,
             None,
+            None,
         )
 
 
-def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float = 0.0) -> Tensor:
     """Summed cross-entropy in nats, a float32 scalar (float64 for float64 input).
 
     Args:
         hidden_ND: states of the target positions alone.
         weight_VD: the softmax's matrix.
         targets_N: int64, each in [0, V).
+        softcap: of the logits (`metalm.nn.attention.soft_cap`), 0 for none.
     """
-    return weighted_cross_entropy(hidden_ND, weight_VD, targets_N)[0]
+    return weighted_cross_entropy(hidden_ND, weight_VD, targets_N, softcap=softcap)[0]
 
 
 def weighted_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, importance_N: Tensor | None = None
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, importance_N: Tensor | None = None, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` with a weight for each target (None: 1), and the nats [N] of each, unweighted, which carry no
     gradient."""
     if not torch.is_grad_enabled():  # else its forward would make gradients that nobody asked for
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, importance_N)
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, importance_N, softcap)

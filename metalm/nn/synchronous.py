@@ -43,11 +43,11 @@ class Synchronous:
     weight_BT: Tensor
     turn: tuple[Tensor, Tensor] | None
 
-    def attend(self, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, dropout: float) -> Tensor:
-        own = attend(q_BHTD, k_BGKD, v_BGKD, self.own, dropout=dropout)
+    def attend(self, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, dropout: float, softcap: float) -> Tensor:
+        own = attend(q_BHTD, k_BGKD, v_BGKD, self.own, None, dropout, softcap)
         across = q_BHTD if self.turn is None else rotate(q_BHTD, *self.turn)
         weight_B1T1 = self.weight_BT[:, None, :, None].to(own.dtype)
-        return own + weight_B1T1 * attend(across, k_BGKD, v_BGKD, self.other, dropout=dropout)
+        return own + weight_B1T1 * attend(across, k_BGKD, v_BGKD, self.other, None, dropout, softcap)
 
 
 def synchronous(

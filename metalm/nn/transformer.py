@@ -1,13 +1,13 @@
 """One pre-norm Transformer stack for decoder, text encoder and towers; its choices are its `Config`.
 
-x = x + attention(norm(x));  x = x + mlp(norm(x));  norm at the end
+x = x + attention(norm(x));  x = x + mlp(norm(x));  norm at the end        (x = x + norm(attention(norm(x))) with `post_norm`)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from metalm.errors import ConfigError
-from metalm.nn.attention import KVCache, Mask, attend
+from metalm.nn.attention import KVCache, LayerMasks, Mask, attend
 from metalm.nn.positions import LearnedPositions, RelativeBias, SinusoidalPositions, rotary_tables, rotate, sinusoids
 
 
@@ -48,6 +48,17 @@ class TransformerConfig:
     dropout: float = 0.0
     activation_checkpointing: bool = False
 
+    # What a `TextStackConfig` alone may choose.
+    post_norm: ClassVar[bool] = False
+    attention_softcap: ClassVar[float] = 0.0
+    scale_width: ClassVar[int] = 0
+    local_rotary_base: ClassVar[float] = 0.0
+
+    @property
+    def windows(self) -> list[int]:
+        """How far each layer sees, 0: all."""
+        return [0] * self.layers
+
     def __post_init__(self):
         self.kv_heads = self.kv_heads or self.heads
         self.ffn = self.ffn or 4 * self.width
@@ -64,6 +75,43 @@ class TransformerConfig:
             raise ConfigError(f"rotary positions need an even head width, not width / heads = {self.head_width}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout {self.dropout} is not in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class TextStackConfig(TransformerConfig):
+    """A stack that reads text: what language models choose beyond the rest.
+
+    A position sees those less than `window` positions away (0: all), or as far as a list says, layer by layer; a list that is
+    shorter than the layers repeats: [4096, 0]. Layers with a window rotate by `local_rotary_base`, unscaled, where that is set.
+    `post_norm` normalises what attention and MLP give, too. Attention's scores are divided by the root of `scale_width` (0:
+    `head_width`), and `attention_softcap` s makes x of them into s tanh(x / s), at the cost of the fused kernel. Source: Gemma
+    2 and 3 (arXiv 2408.00118, 2503.19786).
+    """
+
+    window: int | list[int] = 0
+    local_rotary_base: float = 0.0
+    post_norm: bool = False
+    attention_softcap: float = 0.0
+    scale_width: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        windows = self.window if isinstance(self.window, list) else [self.window]
+        if not windows or min(windows) < 0:
+            raise ConfigError(f"window is {self.window}, it must be positive, or 0 for none, or a list of such")
+        if len(windows) > self.layers:
+            raise ConfigError(f"window lists {len(windows)} layers, there are {self.layers}")
+        windows = [windows[layer % len(windows)] for layer in range(self.layers)]
+        self.window = windows if len(set(windows)) > 1 else windows[0]
+        for name in ("attention_softcap", "scale_width", "local_rotary_base"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, it must be positive, or 0 for none")
+        if self.local_rotary_base and (self.positions != "rotary" or not self.window):
+            raise ConfigError("local_rotary_base is for rotary positions, in layers with a window: set positions and window")
+
+    @property
+    def windows(self) -> list[int]:
+        return self.window if isinstance(self.window, list) else [self.window] * self.layers
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
@@ -95,7 +143,7 @@ class MLP(nn.Module):
 class Attends(Protocol):
     """A way of attending other than one mask for all queries: what the queries take from the keys' values, [B, H, T, D]."""
 
-    def attend(self, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, dropout: float) -> Tensor: ...
+    def attend(self, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, dropout: float, softcap: float) -> Tensor: ...
 
 
 class Section(NamedTuple):
@@ -104,10 +152,10 @@ class Section(NamedTuple):
     mask: Mask
     bias_BHQK: Tensor | None = None
 
-    def attend(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, dropout: float) -> Tensor:
+    def attend(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, dropout: float, softcap: float) -> Tensor:
         first, keys = self.mask.first_query, self.mask.keys
         q_BHQD = q_BHTD[:, :, first : first + self.mask.queries]
-        return attend(q_BHQD, k_BGTD[:, :, :keys], v_BGTD[:, :, :keys], self.mask, self.bias_BHQK, dropout)
+        return attend(q_BHQD, k_BGTD[:, :, :keys], v_BGTD[:, :, :keys], self.mask, self.bias_BHQK, dropout, softcap)
 
 
 class Sections(NamedTuple):
@@ -115,8 +163,8 @@ class Sections(NamedTuple):
 
     sections: tuple[Section, ...]
 
-    def attend(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, dropout: float) -> Tensor:
-        return torch.cat([section.attend(q_BHTD, k_BGTD, v_BGTD, dropout) for section in self.sections], dim=2)
+    def attend(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, dropout: float, softcap: float) -> Tensor:
+        return torch.cat([section.attend(q_BHTD, k_BGTD, v_BGTD, dropout, softcap) for section in self.sections], dim=2)
 
 
 class Attention(nn.Module):
@@ -126,7 +174,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.head_width = config.head_width
-        self.dropout = config.dropout
+        self.dropout, self.softcap = config.dropout, config.attention_softcap
+        self.query_scale = (self.head_width / (config.scale_width or self.head_width)) ** 0.5
         bias = config.bias if config.qkv_bias is None else config.qkv_bias
         self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=bias)
         self.query_norm, self.key_norm = (
@@ -155,15 +204,17 @@ class Attention(nn.Module):
         qkv = self.qkv(x_BTD).view(B, T, -1, self.head_width).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q, k = self.query_norm(q), self.key_norm(k)
+        if self.query_scale != 1:  # `attend` divides by the root of the head's width
+            q = q * self.query_scale
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         dropout = self.dropout if self.training else 0.0
         if isinstance(mask, Mask | str):
-            out = attend(q, k, v, mask, bias_1HQK, dropout)
+            out = attend(q, k, v, mask, bias_1HQK, dropout, self.softcap)
         else:
-            out = mask.attend(q, k, v, dropout)
+            out = mask.attend(q, k, v, dropout, self.softcap)
         return self.out(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -174,12 +225,15 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
+        self.attention_post_norm, self.mlp_post_norm = (
+            make_norm(config) if config.post_norm else nn.Identity() for _ in range(2)
+        )
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, mask: Mask | str | Attends, rotary=None, bias_1HQK=None, cache=None, layer=0) -> Tensor:
         attended = self.attention(self.attention_norm(x_BTD), mask, rotary, bias_1HQK, cache, layer)
-        x_BTD = x_BTD + self.dropout(attended)
-        return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
+        x_BTD = x_BTD + self.dropout(self.attention_post_norm(attended))
+        return x_BTD + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x_BTD))))
 
 
 class Transformer(nn.Module):
@@ -200,36 +254,44 @@ class Transformer(nn.Module):
         self,
         x_BTD: Tensor,
         position_BT: Tensor,
-        mask: Mask | str | Attends = "full",
+        mask: Mask | LayerMasks | str | Attends = "full",
         cache: KVCache | None = None,
     ) -> Tensor:
         """States [B, T, D] from input vectors [B, T, D] and position ids int64 [B, T].
 
         Args:
-            mask: one for all queries, whose relative bias is that of their columns; or another way of attending, which
-                brings its masks and its relative bias.
+            mask: one for all queries, or for those of each layer, whose relative bias is that of their columns; or another
+                way of attending, which brings its masks and its relative bias.
         """
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(position_BT).to(x_BTD.dtype)
         x_BTD = self.dropout(x_BTD)
-        rotary, bias = self.rotary(position_BT), None
-        if self.relative_bias is not None and isinstance(mask, Mask | str):
+        masks = mask.masks if isinstance(mask, LayerMasks) else (mask,) * len(self.blocks)
+        local = [bool(window and self.config.local_rotary_base) for window in self.config.windows]
+        rotary, bias = {kind: self.rotary(position_BT, kind) for kind in set(local)}, None
+        if self.relative_bias is not None and isinstance(mask, Mask | LayerMasks | str):
             index_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
             bias = self.relative_bias(index_T, index_T)
         for layer, block in enumerate(self.blocks):
             if self.config.activation_checkpointing and self.training:
-                x_BTD = checkpoint(block, x_BTD, mask, rotary, bias, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, masks[layer], rotary[local[layer]], bias, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, mask, rotary, bias, cache, layer)
+                x_BTD = block(x_BTD, masks[layer], rotary[local[layer]], bias, cache, layer)
         if cache is not None:
             cache.advance(x_BTD.shape[1])
         return self.norm(x_BTD)
 
-    def rotary(self, position_BT: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The tables that turn queries and keys at these positions; None where positions are not rotary."""
+    def rotary(self, position_BT: Tensor, local: bool = False) -> tuple[Tensor, Tensor] | None:
+        """The tables that turn queries and keys at these positions; None where positions are not rotary.
+
+        Args:
+            local: those of layers that rotate by `local_rotary_base`.
+        """
         config = self.config
         if config.positions != "rotary":
             return None
+        if local:
+            return rotary_tables(position_BT, config.head_width, config.local_rotary_base)
         return rotary_tables(position_BT, config.head_width, config.rotary_base, config.rotary_scaling)
 
 

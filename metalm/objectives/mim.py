@@ -59,6 +59,10 @@ class MIMConfig(MetaLMConfig):
         super().__post_init__()
         if self.encoders:
             raise ConfigError("the model 'mim' has no encoders: dock them on its result, by decoder.init_from")
+        if self.decoder.logit_softcap:
+            raise ConfigError("decoder.logit_softcap: the agreement of two readings is over plain logits; set it to 0")
+        if self.synchronous and (isinstance(self.decoder.window, list) or self.decoder.local_rotary_base):
+            raise ConfigError("synchronous: sides look at each other through one window and by one rotary base for all layers")
         for name in ("beta", "synchronous"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must not be negative")

@@ -74,7 +74,8 @@ class Distillation:
             theirs_LE = self.teacher.to(hidden_LD.device).hidden(batch).flatten(0, 1)[batch.places_L]
         w_L = batch.weight_L if batch.weight_L is not None else hidden_LD.new_ones(count, dtype=torch.float32)
         weights = student.decoder.softmax_weight, self.teacher.decoder.softmax_weight
-        soft = soft_cross_entropy(hidden_LD, weights[0], theirs_LE, weights[1], w_L, config.temperature)
+        softcaps = student.config.decoder.logit_softcap, self.teacher.config.decoder.logit_softcap
+        soft = soft_cross_entropy(hidden_LD, weights[0], theirs_LE, weights[1], w_L, config.temperature, softcaps)
         student.parts["divergence"] = soft.detach(), count
         loss = (1 - config.weight) * loss + config.weight * soft
         if config.states:

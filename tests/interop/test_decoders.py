@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from benchmarks.families import FAMILIES as PUBLISHED
-from benchmarks.families import GPT2, SHAPE, Decoder, logits_of
+from benchmarks.families import GEMMA2, GEMMA3, GPT2, SHAPE, Decoder, logits_of
 from benchmarks.parity import measure
 from metalm.decoder import CausalDecoder, DecoderConfig
 from metalm.errors import CheckpointError
@@ -25,6 +25,18 @@ VARIANTS = [
         SHAPE | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
     ),
     Decoder("Mistral, window", "Mistral", SHAPE | {"sliding_window": 16}),
+    Decoder(
+        "Qwen2, window in upper layers",
+        "Qwen2",
+        SHAPE | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
+    Decoder(
+        "Gemma 2, without caps",
+        "Gemma2",
+        SHAPE | GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 16},
+    ),
+    Decoder("Gemma 3, windows everywhere", "Gemma3", SHAPE | GEMMA3 | {"layer_types": ["sliding_attention"] * 3}),
+    Decoder("Gemma 3, no window", "Gemma3", SHAPE | GEMMA3 | {"layer_types": ["full_attention"] * 3}),
 ]
 MODELS = {decoder.name: decoder for decoder in [*PUBLISHED, *VARIANTS] if isinstance(decoder, Decoder)}
 
@@ -52,7 +64,7 @@ def test_what_is_written_back_transformers_reads(name, tmp_path):
     ours = load_ours(tmp_path / "theirs")
     family = save_decoder(ours.state_dict(), ours.config, tmp_path / "back")
     # A Mistral without a window is a Llama, and is written as one.
-    assert family == ("llama" if name == "Mistral" else MODELS[name].family.lower())
+    assert family == ("llama" if name == "Mistral" else MODELS[name].family.lower().replace("gemma3", "gemma3_text"))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     tokens_BT = torch.randint(1, 60, (2, 60))
     assert (again(tokens_BT).logits - theirs(tokens_BT).logits).abs().max() <= 1e-4
@@ -89,17 +101,49 @@ def test_gpt2s_first_files_load(tmp_path):
     assert (logits_of(load_ours(tmp_path), tokens_BT) - theirs(tokens_BT).logits).abs().max() <= 1e-4
 
 
-def test_a_window_in_some_layers_bounds_the_positions(tmp_path):
-    """Qwen2 has it in its upper layers alone."""
-    make_theirs("Qwen2").save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("Gemma 2", {"window": 16}),
+        ("Gemma 2", {"window": 0}),
+        ("Gemma 2", {"attention_softcap": 0.0}),
+        ("Gemma 2", {"logit_softcap": 0.0}),
+        ("Gemma 2", {"scale_width": 0}),
+        ("Gemma 3", {"local_rotary_base": 0.0}),
+        ("Gemma 3", {"rotary_scaling": None}),
+        ("Gemma 3", {"window": [16, 16, 0]}),
+    ],
+)
+@torch.no_grad()
+def test_every_choice_of_gemmas_counts(name, change, tmp_path):
+    """What equals transformers' would not without it: the bench's models are not too small to show it."""
+    theirs = make_theirs(name)
+    theirs.save_pretrained(tmp_path)
+    ours = load_ours(tmp_path)
+    other = CausalDecoder(DecoderConfig(**read_config(tmp_path)[1] | change)).eval()
+    other.load_state_dict(ours.state_dict())
+    tokens_BT = torch.randint(1, 60, (2, 60), generator=torch.Generator().manual_seed(0))
+    assert (logits_of(other, tokens_BT) - theirs(tokens_BT).logits).abs().max() > 1e-2
+
+
+def test_gemma_3s_first_files_load(tmp_path):
+    """Their rotary bases have names of their own, and a number says how many layers have a window."""
+    make_theirs("Gemma 3").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    sliding = {"use_sliding_window": True, "sliding_window": 100, "layer_types": ["full_attention", *["sliding_attention"] * 2]}
-    (tmp_path / "config.json").write_text(json.dumps(config | sliding))
+    del config["rope_parameters"], config["layer_types"]
+    old = {"rope_theta": 1000.0, "rope_local_base_freq": 100.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config | old | {"sliding_window_pattern": 2}))
     found = read_config(tmp_path)[1]
-    assert (found["max_positions"], found["window"]) == (100, 0)
-    (tmp_path / "config.json").write_text(json.dumps(config | sliding | {"layer_types": ["sliding_attention"] * 3}))
-    found = read_config(tmp_path)[1]
-    assert (found["max_positions"], found["window"]) == (128, 100)
+    assert (found["rotary_base"], found["local_rotary_base"], found["rotary_scaling"]) == (1000.0, 100.0, {"factor": 8.0})
+    assert found["window"] == [16, 0, 16]
+
+
+def test_gemmas_that_read_both_ways_are_no_decoders(tmp_path):
+    make_theirs("Gemma 3").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"use_bidirectional_attention": True}))
+    with pytest.raises(CheckpointError, match="reads in both directions"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -136,9 +180,19 @@ def test_broken_checkpoints_are_named(tmp_path):
 
 
 def test_a_decoder_of_no_family_is_not_written(tmp_path):
-    config = DecoderConfig(layers=1, width=8, heads=1, vocab_size=10)
-    with pytest.raises(CheckpointError, match="no family of the ecosystem has this decoder's choices"):
-        save_decoder(CausalDecoder(config).state_dict(), config, tmp_path)
+    gemma2 = read_config_of("Gemma 2", tmp_path)
+    for config in (
+        DecoderConfig(layers=1, width=8, heads=1, vocab_size=10),
+        DecoderConfig(**gemma2 | {"qkv_bias": True}),
+        DecoderConfig(**gemma2 | {"window": [4, 8, 0]}),  # theirs have one window
+    ):
+        with pytest.raises(CheckpointError, match="no family of the ecosystem has this decoder's choices"):
+            save_decoder(CausalDecoder(config).state_dict(), config, tmp_path)
+
+
+def read_config_of(name: str, folder) -> dict:
+    make_theirs(name).save_pretrained(folder)
+    return read_config(folder)[1]
 
 
 def make_tokenizer(folder) -> None:
@@ -154,7 +208,7 @@ def make_tokenizer(folder) -> None:
     backend.save(str(folder / "tokenizer.json"))
 
 
-@pytest.mark.parametrize("name", ["Llama, tied", "GPT-2", "Gemma"])
+@pytest.mark.parametrize("name", ["Llama, tied", "GPT-2", "Gemma", "Gemma 2", "Gemma 3"])
 def test_a_run_starts_from_a_checkpoint_and_its_decoder_goes_back(name, tmp_path):
     """`decoder.init_from: hf:FOLDER`, docked with an encoder; then `metalm export`, read by transformers."""
     from typer.testing import CliRunner

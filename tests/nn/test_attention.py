@@ -23,7 +23,7 @@ def qkv(B=2, H=4, G=4, Q=8, K=8, D=6, dtype=torch.float64) -> list[torch.Tensor]
     return [draw(B, n, T, D, dtype=dtype, seed=i) for i, (n, T) in enumerate([(H, Q), (G, K), (G, K)])]
 
 
-def brute_force(q, k, v, allowed, bias=None) -> torch.Tensor:
+def brute_force(q, k, v, allowed, bias=None, softcap=0.0) -> torch.Tensor:
     """Attention query by query over the keys that `allowed(b, i, j)` names, without a mask."""
     out = torch.empty_like(q)
     B, H, Q, D = q.shape
@@ -33,6 +33,8 @@ def brute_force(q, k, v, allowed, bias=None) -> torch.Tensor:
             for i in range(Q):
                 keys = [j for j in range(k.shape[2]) if allowed(b, i, j)]
                 scores = k[b, g, keys] @ q[b, h, i] / D**0.5
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
                 if bias is not None:
                     scores = scores + bias[0, h, i, keys]
                 out[b, h, i] = scores.softmax(0) @ v[b, g, keys]
@@ -68,6 +70,22 @@ def test_masks_are_their_rule(rule, with_bias, groups):
     q, k, v = qkv(G=groups)
     bias = draw(1, 4, 8, 8, seed=9) if with_bias else None
     torch.testing.assert_close(attend(q, k, v, make_mask(), bias), brute_force(q, k, v, allowed, bias))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scores_at_a_time", [1, 2 * 4 * 8 * 3, 1 << 26])  # chunks of 1, 3 and all queries
+@pytest.mark.parametrize("groups, with_bias", [(4, True), (2, False)])
+def test_soft_caps_bend_scores_under_every_rule(monkeypatch, rule, scores_at_a_time, groups, with_bias):
+    monkeypatch.setattr(attention, "CHUNK_SCORES", scores_at_a_time)
+    make_mask, allowed = RULES[rule]
+    q, k, v = qkv(G=groups)
+    bias = draw(1, 4, 8, 8, seed=9) if with_bias else None
+    capped = attend(q, k, v, make_mask(), bias, softcap=0.5)
+    torch.testing.assert_close(capped, brute_force(q, k, v, allowed, bias, softcap=0.5))
+    assert (capped - attend(q, k, v, make_mask(), bias)).abs().max() > 0.1
+    torch.testing.assert_close(attend(q, k, v, make_mask(), bias, softcap=1e6), attend(q, k, v, make_mask(), bias))
+    one = attend(q[:, :, -1:], k, v, make_mask() if rule == "full by name" else "causal", softcap=0.5)  # after a cache
+    torch.testing.assert_close(one, attend(q, k, v, "full", softcap=0.5)[:, :, -1:])
 
 
 def test_dense_mask_of_a_mask_rule():

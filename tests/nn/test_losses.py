@@ -44,6 +44,17 @@ def test_targets_count_by_their_weights(monkeypatch, logits_at_a_time):
     assert not nats.requires_grad
 
 
+@pytest.mark.parametrize("logits_at_a_time", [21, 1 << 24])
+def test_capped_logits_and_their_gradients_are_those_of_the_dense_form(monkeypatch, logits_at_a_time):
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", logits_at_a_time)
+    hidden, weight, targets = problem()
+    loss = linear_cross_entropy(hidden, weight, targets, softcap=2.0)
+    dense = F.cross_entropy(2 * torch.tanh(hidden @ weight.T / 2), targets, reduction="sum")
+    torch.testing.assert_close(loss, dense, rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(dense, (hidden, weight)))
+    assert (loss - linear_cross_entropy(hidden, weight, targets)).abs() > 1
+
+
 def test_gradcheck(monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 21)
     hidden, weight, targets = problem()

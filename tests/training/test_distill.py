@@ -23,16 +23,17 @@ PLAIN = ["training.precision=float32", "training.checkpoint_every=0"]
 
 
 @pytest.mark.parametrize("logits_at_a_time", [14, 60, 1 << 24])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_the_chunked_divergence_is_the_dense_one(monkeypatch, logits_at_a_time, temperature):
+@pytest.mark.parametrize("temperature, softcaps", [(1.0, (0.0, 0.0)), (2.5, (0.0, 0.0)), (2.5, (1.5, 0.5))])
+def test_the_chunked_divergence_is_the_dense_one(monkeypatch, logits_at_a_time, temperature, softcaps):
     monkeypatch.setattr(losses, "CHUNK_LOGITS", logits_at_a_time)
     generator = torch.Generator().manual_seed(0)
     shapes = ((11, 5), (7, 5), (11, 3), (7, 3))
     h, W, g, U = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
     h.requires_grad_(), W.requires_grad_()
     w = torch.rand(11, generator=generator, dtype=torch.float64)
-    ours = soft_cross_entropy(h, W, g, U, w, temperature)
-    own, theirs = ((x @ y.T / temperature).log_softmax(1) for x, y in ((h, W), (g, U)))
+    ours = soft_cross_entropy(h, W, g, U, w, temperature, softcaps)
+    logits = [s * torch.tanh(x @ y.T / s) if s else x @ y.T for x, y, s in ((h, W, softcaps[0]), (g, U, softcaps[1]))]
+    own, theirs = ((x / temperature).log_softmax(1) for x in logits)
     dense = temperature**2 * (w[:, None] * F.kl_div(own, theirs, reduction="none", log_target=True)).sum()
     torch.testing.assert_close(ours, dense)
     for a, b in zip(torch.autograd.grad(ours * 0.7, (h, W)), torch.autograd.grad(dense * 0.7, (h, W))):
