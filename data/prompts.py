@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from metalm.data.chat import Turn, encode_turns
 from metalm.data.sample import Media, Question, Sample
 from metalm.data.takes import Take
 from metalm.data.tokenizer import Tokenizer
@@ -139,6 +140,18 @@ class Interface:
     def prompt(self, media: Media, text: str) -> Segments:
         """An instruction on media: what the model reads before it answers."""
         return self.query(media, self.encode(text) if text else [])
+
+    def chat(self, turns: Sequence[Turn]) -> Segments:
+        """Turns of a chat as the decoder's tokenizer has them written, media in their places, and the beginning of an answer.
+
+        The decoder reads them itself, also where there is an encoder of text: it is what was tuned on them.
+        """
+        media = [part for turn in turns for part in turn.content if not isinstance(part, str)]
+        first, *rest = [Text(tokens, target=False) for tokens in encode_turns(self.tokenizer, turns)]
+        segments: Segments = [first]
+        for (kind, data), text in zip(media, rest, strict=True):
+            segments += [self.read_medium(kind, data), text]
+        return [segment for segment in segments if len(segment)]
 
     def turn(self, text: str, room: int) -> list[int]:
         """A text to predict with the `</s>` that ends it, cut to `room` tokens; what is cut does not end."""

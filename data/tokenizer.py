@@ -8,7 +8,7 @@ to be one), so that texts of known words come back as they were. Words are numbe
 adaptive softmax wants them. One that is not among them is `<unk>`, to a model that reads spellings too.
 
 The special tokens are the paper's: `<s>` starts a text, `</s>` ends a turn (a caption, an answer), `</d>` ends a document.
-A tokenizer that lacks one lends its own beginning- or end-of-sequence token.
+A tokenizer that says which tokens begin and end its sequences is taken at its word, another lends what it has in their place.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
+from metalm.data.tokenizer_settings import TokenizerSettings
 from metalm.errors import ConfigError
 
 START, END, DOCUMENT_END, UNKNOWN = "<s>", "</s>", "</d>", "<unk>"
@@ -28,19 +29,25 @@ class Tokenizer:
 
     Attributes:
         start, end, document_end: ids of the special tokens.
+        settings: what a published tokenizer says beside its vocabulary.
     """
 
-    def __init__(self, backend):
+    def __init__(self, backend, settings: TokenizerSettings | None = None):
         """Args: backend: a `tokenizers.Tokenizer`."""
         self.backend = backend
+        self.settings = settings or TokenizerSettings()
         backend.encode_special_tokens = True  # "</s>" in somebody's text is text
         backend.no_truncation()  # some published files cut or pad every text
         backend.no_padding()
-        self.end = self._special(END, "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
-        self.start = self._special(START, "<|startoftext|>", "<|begin_of_text|>", "<bos>", "[CLS]", default=self.end)
-        self.document_end = self._special(DOCUMENT_END, default=self.end)
+        begins, ends = (self.settings.special_names.get(name, "") for name in ("bos_token", "eos_token"))
+        self.end = self._special(ends, END, "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
+        self.document_end = self._special(DOCUMENT_END, "<|endoftext|>", "<|end_of_text|>", default=self.end)
+        self.start = self._special(
+            begins, START, "<|startoftext|>", "<|begin_of_text|>", "<bos>", "[CLS]", default=self.document_end
+        )
 
     def _special(self, *names: str, default: int | None = None) -> int:
+        names = tuple(filter(None, names))
         ids = [self.backend.token_to_id(name) for name in names]
         found = next((i for i in ids if i is not None), default)
         if found is None:
@@ -57,8 +64,29 @@ class Tokenizer:
         self.backend.add_special_tokens([name])
         return self.backend.token_to_id(name)
 
-    def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+    @property
+    def ends(self) -> set[int]:
+        """Ids of the tokens at which an answer ends, `end` among them."""
+        return {self.end, *self.settings.ends}
+
+    @property
+    def chat_template(self) -> str:
+        """In Jinja; empty where there is none. See `metalm.data.chat`."""
+        return self.settings.chat_template
+
+    @property
+    def special_names(self) -> dict[str, str]:
+        """What templates call special tokens, and how these are written."""
+        own = {"bos_token": self.backend.id_to_token(self.start), "eos_token": self.backend.id_to_token(self.end)}
+        return own | self.settings.special_names
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of a text; one that spells out special tokens holds these if `special`, else they are text as any."""
+        self.backend.encode_special_tokens = not special
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        finally:
+            self.backend.encode_special_tokens = True
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
@@ -82,7 +110,9 @@ class Tokenizer:
         return [token if "\ufffd" in text else text for token, text in zip(tokens, texts)]
 
     def save(self, folder: str | Path) -> None:
+        """As transformers reads it."""
         self.backend.save(str(Path(folder) / FILE))
+        TokenizerSettings(self.special_names, self.chat_template, self.settings.ends).write(Path(folder))
 
     @cached_property
     def fingerprint(self) -> int:
@@ -103,11 +133,13 @@ class Tokenizer:
         path = Path(name)
         for file in (path, path / FILE, path / "export" / FILE):
             if file.is_file():
-                return cls(Backend.from_file(str(file)))
+                return cls(Backend.from_file(str(file)), TokenizerSettings.read(file.parent))
         from transformers import AutoTokenizer
 
         try:
-            return cls(AutoTokenizer.from_pretrained(str(name)).backend_tokenizer)
+            theirs = AutoTokenizer.from_pretrained(str(name))
+            settings = TokenizerSettings.of(theirs.special_tokens_map, theirs.chat_template, published_ends(str(name)))
+            return cls(theirs.backend_tokenizer, settings)
         except (OSError, ValueError, AttributeError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"tokenizer {str(name)!r}: no such file, and not on the Hub ({reason})") from error
@@ -139,6 +171,16 @@ class Tokenizer:
         backend = _byte_level(models.WordLevel(counted.get_vocab(), unk_token=UNKNOWN), add_prefix_space=True)
         backend.add_special_tokens(special)  # `<unk>` is none, so that `decode` shows it
         return cls(backend)
+
+
+def published_ends(name: str) -> int | list[int] | None:
+    """The tokens at which a Hub id's model ends an answer, if it says so."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(name).eos_token_id
+    except (OSError, ValueError):
+        return None
 
 
 def _byte_level(model, add_prefix_space: bool):

@@ -243,13 +243,16 @@ def push(
 
 @app.command()
 def generate(
-    model: Model,
+    model: Annotated[str, typer.Option(help="A run, an export, a Hugging Face Hub id, or hf:NAME for a decoder alone.")],
     prompt: Annotated[str, typer.Option(help="What to go on from.")] = "",
     image: Annotated[
         list[Path] | None, typer.Option(help="A picture that goes before the prompt; several in their order.")
     ] = None,
     audio: Annotated[Path | None, typer.Option(help="A sound that goes before the prompt.")] = None,
     video: Annotated[Path | None, typer.Option(help="A film that goes before the prompt.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Write the prompt as the tokenizer's chat template has it, for a chat-tuned decoder.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy, more is more random.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
@@ -259,6 +262,7 @@ def generate(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
 ) -> None:
     """Answer a prompt, about a picture, a sound or a film if there is one."""
+    from metalm.data.chat import Turn
     from metalm.errors import ConfigError, DataError
     from metalm.evaluation.predictor import Predictor
     from metalm.inference.generate import GenerationConfig
@@ -280,7 +284,9 @@ def generate(
     settings = GenerationConfig(max_new_tokens, beams, temperature, top_p, length_penalty, seed)
     predictor = Predictor.load(model, settings, dtype=dtype)
     media = [(kind, path.read_bytes()) for kind, path in given]
-    document = Document(predictor.interface.prompt(media, prompt), ", ".join(str(path) for _, path in given) or "prompt")
+    interface = predictor.interface
+    segments = interface.chat([Turn("user", [*media, prompt])]) if chat else interface.prompt(media, prompt)
+    document = Document(segments, ", ".join(str(path) for _, path in given) or "prompt")
     print(predictor([document])[0])
 
 

@@ -52,7 +52,11 @@ def find_export(name: str | Path) -> Path:
 
 
 def read_model_config(name: str | Path) -> dict:
-    """The plain `model` section of an export."""
+    """The plain `model` section of an export; of `hf:NAME`, a model that is that decoder and nothing else."""
+    if str(name).startswith(FOREIGN):
+        from metalm.interop.decoders import read_config
+
+        return {"decoder": read_config(str(name).removeprefix(FOREIGN))[1]}
     return read_record(find_export(name))["model"]
 
 
@@ -197,6 +201,18 @@ def load_foreign(decoder: nn.Module, name: str | Path) -> None:
     fill(decoder, to_ours(read_weights(name), family, values), name)
 
 
+def load_foreign_model(name: str, dtype: torch.dtype | None) -> tuple[nn.Module, Tokenizer]:
+    """A model that is a foreign decoder alone, in evaluation mode, and its tokenizer; `dtype` None is float32."""
+    from metalm.interop.decoders import find_folder
+
+    folder = find_folder(name.removeprefix(FOREIGN))
+    config = build_plugin(MODELS, read_model_config(f"{FOREIGN}{folder}"), name, "model")
+    model = MODELS[config.type](config)
+    load_foreign(model.decoder, folder)
+    model.tokenizer = Tokenizer.load(folder)
+    return model.to(dtype or torch.float32).eval(), model.tokenizer
+
+
 def load_weights(model: nn.Module, name: str | Path, prefix: str = "", unread: str | None = None) -> None:
     """Fills a model with an export's weights, or with those whose names begin with `prefix` but not with `unread`.
 
@@ -242,11 +258,14 @@ def load_pretrained(name: str | Path, dtype: torch.dtype | None = torch.float32)
     """An export's model, in evaluation mode, and its tokenizer; the model keeps this and its card at hand.
 
     Args:
-        dtype: of all weights; None: as they are stored.
+        name: a run, an export, a Hub id of one; or `hf:NAME`, a decoder of Hugging Face's layout.
+        dtype: of all weights; None: as they are stored (of `hf:NAME`: float32).
 
     Raises:
         CheckpointError: there is no export, it does not fit, or its tokenizer is not the one that it was trained with.
     """
+    if str(name).startswith(FOREIGN):
+        return load_foreign_model(str(name), dtype)
     folder = find_export(name)
     record = read_record(folder)
     config = build_plugin(MODELS, record["model"], str(folder / CONFIG), "model")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
+from metalm.data.chat import answer_ends
 from metalm.data.prompts import Interface
 from metalm.errors import ConfigError
 from metalm.inference.generate import GenerationConfig, batched, generate
@@ -56,10 +57,10 @@ class Predictor:
         for prompt in prompts:
             if self.model.config.decoder.positions == "learned" and len(prompt) > limit:
                 raise ConfigError(f"prompt {prompt.key!r} of {len(prompt)} positions leaves no room for an answer")
-        answers = [""] * len(prompts)
+        answers, ends = [""] * len(prompts), answer_ends(tokenizer)
         groups = list(batched(prompts, self.batch_size))
         for numbers in track(groups, what) if what else groups:
-            outputs = generate(self.model, [prompts[n] for n in numbers], tokenizer.end, self.generation)
+            outputs = generate(self.model, [prompts[n] for n in numbers], ends, self.generation)
             for n, tokens in zip(numbers, outputs):
                 answers[n] = tokenizer.decode(tokens).strip()
         return answers

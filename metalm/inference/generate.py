@@ -7,7 +7,7 @@ each prompt, so what comes out does not depend on the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Collection, Iterator, Sequence, Sized
 from dataclasses import dataclass
 
 import torch
@@ -85,20 +85,23 @@ class Decoding:
 
 
 @torch.inference_mode()
-def generate(model: MetaLM, prompts: Sequence[Document], end: int, config: GenerationConfig | None = None) -> list[list[int]]:
+def generate(
+    model: MetaLM, prompts: Sequence[Document], end: int | Collection[int], config: GenerationConfig | None = None
+) -> list[list[int]]:
     """New tokens of each prompt, without the end token.
 
     Args:
         prompts: documents to continue; see `metalm.data.prompts.Interface`.
-        end: the token that ends a turn.
+        end: the token that ends a turn, or several that do.
     """
     config = config or GenerationConfig()
+    ends = {end} if isinstance(end, int) else set(end)
     if any(len(prompt) == 0 for prompt in prompts):
         raise ConfigError("an empty prompt cannot be continued: give it an image or a text")
     if not prompts:
         return []
     if config.num_beams > 1:
-        return beam_search(model, prompts, end, config)
+        return beam_search(model, prompts, ends, config)
     decoding = Decoding(model, prompts, 1, config.max_new_tokens)
     generators = [torch.Generator().manual_seed(config.seed) for _ in prompts]
     outputs: list[list[int]] = [[] for _ in prompts]
@@ -109,7 +112,7 @@ def generate(model: MetaLM, prompts: Sequence[Document], end: int, config: Gener
         else:
             tokens_B = decoding.logits_BV.argmax(dim=-1)
         for b, token in enumerate(tokens_B.tolist()):
-            done[b] = done[b] or token == end
+            done[b] = done[b] or token in ends
             if not done[b]:
                 outputs[b].append(token)
         if all(done) or n == config.max_new_tokens - 1:
@@ -127,7 +130,7 @@ def sample(logits_BV: Tensor, temperature: float, top_p: float, generators: list
     return order_BV.gather(1, ranks[:, None].to(order_BV.device)).squeeze(1)
 
 
-def beam_search(model: MetaLM, prompts: Sequence[Document], end: int, config: GenerationConfig) -> list[list[int]]:
+def beam_search(model: MetaLM, prompts: Sequence[Document], ends: set[int], config: GenerationConfig) -> list[list[int]]:
     """The best-scoring continuation of each prompt.
 
     Each step keeps the `num_beams` best open beams; a beam that ends is set aside with its score. A prompt is done when
@@ -152,11 +155,11 @@ def beam_search(model: MetaLM, prompts: Sequence[Document], end: int, config: Ge
             open_beams: list[tuple[float, int, int]] = []
             for value, choice in zip(values, choices):
                 beam, token = divmod(choice, V)
-                if token == end:
+                if token in ends:
                     ended[n].append((value / length**config.length_penalty, texts[n][beam]))
                 elif len(open_beams) < W:
                     open_beams.append((value, beam, token))
-            open_beams += [(float("-inf"), 0, end)] * (W - len(open_beams))
+            open_beams += [(float("-inf"), 0, 0)] * (W - len(open_beams))
             scores_NW[n] = torch.tensor([value for value, _, _ in open_beams], device=device)
             new_texts.append([[*texts[n][beam], token] for _, beam, token in open_beams])
             rows += [n * W + beam for _, beam, _ in open_beams]

@@ -335,7 +335,7 @@ def find_folder(name: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "tokenizer*"]))
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"no folder {str(name)!r}, and no such model on the Hub") from error
 
