@@ -28,7 +28,10 @@ from metalm.training.loop import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
-TEXT_MODES = ("causal", "mim", "mim-synchronous", "pmlm", "cloze", "cloze-words")
+# Decoders whose layers see differently far, without and with soft caps.
+LAYERED = {"positions": "rotary", "window": "[100,0]", "local_rotary_base": 100.0, "post_norm": "true"}
+DECODERS = {"layered": LAYERED, "capped": LAYERED | {"attention_softcap": 5.0, "logit_softcap": 3.0}}
+TEXT_MODES = ("causal", "mim", "mim-synchronous", "pmlm", "cloze", "cloze-words", *DECODERS)
 LENGTH = 620
 SMALL = ["tokenizer.vocab_size=300", f"data.row_length={LENGTH}", "data.rows=3"]
 MEDIA = {
@@ -66,9 +69,9 @@ def exact():
 
 def text_mode(name: str) -> tuple[nn.Module, Batch]:
     """A small model of a bundled configuration, and three rows of texts of several lengths, some longer than 256."""
-    base = "mim" if name == "mim-synchronous" else name
+    base = "mim" if name == "mim-synchronous" else "causal" if name in DECODERS else name
     part = "encoder" if name.startswith(("pmlm", "cloze")) else "decoder"
-    shape = {"layers": 2, "width": 64, "heads": 2, "max_positions": LENGTH}
+    shape = {"layers": 2, "width": 64, "heads": 2, "max_positions": LENGTH} | DECODERS.get(name, {})
     config = load_run_config(f"configs/text/{base}.yaml", [*SMALL, *(f"model.{part}.{key}={n}" for key, n in shape.items())])
     if name == "mim-synchronous":
         config.model.synchronous = 0.3

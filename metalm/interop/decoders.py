@@ -132,6 +132,7 @@ UNCAPPED = {"attention_softcap": 0.0, "logit_softcap": 0.0}
 PLAIN = {"post_norm": False, "local_rotary_base": 0.0, "scale_width": 0, "qk_norm": False, "scaled": False, **UNCAPPED}
 ROTARY = {"norm": "rms", "positions": "rotary", "bias": False, "mlp": "swiglu", "qkv_bias": False}
 GEMMA = ROTARY | {"mlp": "geglu_tanh", "scaled": True}
+SLIDING, FULL = "sliding_attention", "full_attention"
 GATES = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh"}
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 
@@ -139,7 +140,7 @@ ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu"
 def read_llama(config: Any) -> dict:
     """Rotation, head width, biases, and sliding windows."""
     rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
-    rope = rope.get("full_attention", rope)  # Gemma 3's of its layers without a window
+    rope = rope.get(FULL, rope)  # Gemma 3's of its layers without a window
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise CheckpointError(f"{config.model_type}: rotary positions of the kind {kind!r} are not supported")
@@ -161,9 +162,6 @@ def read_llama(config: Any) -> dict:
         "rotary_scaling": None if kind == "default" else {name: float(rope[name]) for name in scaling if rope.get(name)},
         "window": read_window(config),
     }
-
-
-SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def read_window(config: Any) -> int | list[int]:
@@ -213,8 +211,9 @@ def write_gemma2(config: DecoderConfig) -> dict:
 def read_gemma3(config: Any) -> dict:
     """Its layers with a window rotate by a base of their own; scores it does not cap, whatever its configuration says."""
     ours = read_gemma2(config) | {"attention_softcap": 0.0}
-    local = config.rope_parameters[SLIDING]
-    if local["rope_type"] != "default":
+    local = (getattr(config, "rope_parameters", None) or {}).get(SLIDING)
+    local = local or {"rope_theta": config.rope_local_base_freq}  # as versions of transformers before 5 have it
+    if local.get("rope_type", "default") != "default":
         raise CheckpointError(f"{config.model_type}: scaled rotary positions of layers with a window are not supported")
     return ours | {"local_rotary_base": local["rope_theta"] if ours["window"] else 0.0}
 

@@ -15,6 +15,7 @@ from benchmarks.parity import measure
 from metalm.decoder import CausalDecoder, DecoderConfig
 from metalm.errors import CheckpointError
 from metalm.interop.decoders import read_config, read_weights, save_decoder, to_ours
+from metalm.segments import Document, Text, make_batch
 
 VARIANTS = [
     Decoder("GPT-2, exact GELU, own width", "GPT2", GPT2 | {"activation_function": "gelu", "n_inner": 40}),
@@ -124,6 +125,28 @@ def test_every_choice_of_gemmas_counts(name, change, tmp_path):
     other.load_state_dict(ours.state_dict())
     tokens_BT = torch.randint(1, 60, (2, 60), generator=torch.Generator().manual_seed(0))
     assert (logits_of(other, tokens_BT) - theirs(tokens_BT).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["Gemma 2", "Gemma 3"])
+def test_losses_and_gradients_are_transformers(name, recompute, tmp_path):
+    theirs = make_theirs(name)
+    theirs.save_pretrained(tmp_path)
+    ours = MODELS[name].load(tmp_path).train()
+    ours.config.decoder.activation_checkpointing = recompute
+    tokens = torch.randint(1, 60, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    loss = ours(make_batch([[Document([Text(tokens)])]], {}))
+    expected = theirs(torch.tensor([tokens]), labels=torch.tensor([tokens])).loss * (len(tokens) - 1)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    loss.backward(), expected.backward()
+    block, layer = ours.decoder.transformer.blocks[0], theirs.model.layers[0]
+    for own, other in (
+        (ours.decoder.embedding, theirs.model.embed_tokens),
+        (block.attention_post_norm, layer.post_attention_layernorm),
+        (block.attention.out, layer.self_attn.o_proj),
+    ):
+        scale = other.weight.grad.abs().max()
+        torch.testing.assert_close(own.weight.grad / scale, other.weight.grad / scale, rtol=1e-3, atol=1e-4)
 
 
 def test_gemma_3s_first_files_load(tmp_path):
