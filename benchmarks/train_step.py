@@ -1,13 +1,14 @@
 """Positions/s of one training step, METALM against Hugging Face's LLaVA of the same shape, interleaved in one process.
 
-    python -m benchmarks.train_step [--rounds 5] [--steps 1] [--threads 1]
+    python -m benchmarks.train_step [--rounds 5] [--steps 1] [--threads 1] [--compile]
 
 `fixed`: 16 documents of 64 patches + 64 text tokens for both; METALM packs two a row of 256. `captions`: 64 patches and a
 caption with the lengths of Flickr8k; the peer pads 32 pairs to the longest, METALM packs as many into 12 rows of 256 as
 its data stream would; useful positions count, padding does not. Forward, backward, and the same AdamW on float32 master
 weights for both; data are in memory. The ratio is the median over rounds of METALM's rate to the peer's in that round, so
 that whatever else runs on the machine hits both. `cpu_ratio` is the same in processor time: with `--threads 1` it hardly
-depends on the other load at all (more threads wait for each other in a loop that counts as work).
+depends on the other load at all (more threads wait for each other in a loop that counts as work). `--compile` is METALM as
+`training.compile` runs it; the peer stays as its `Trainer` runs it by default.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from metalm.config import build
 from metalm.model import MetaLM, MetaLMConfig
 from metalm.nn.packing import pack
 from metalm.segments import IGNORE, Batch, Document, Span, Text, make_batch
+from metalm.training.compiling import compile_blocks
 
 PATCHES = (VISION["image_size"] // VISION["patch_size"]) ** 2
 IMAGE_TOKEN = VOCABULARY - 1
@@ -153,9 +155,11 @@ def compare(
     }
 
 
-def measure(rounds: int = 5, steps: int = 1) -> dict[str, dict[str, float]]:
+def measure(rounds: int = 5, steps: int = 1, compiled: bool = False) -> dict[str, dict[str, float]]:
     """Both comparisons by name, with the parameters and the share of useful positions of either side."""
     metalm = build_metalm().bfloat16()
+    if compiled:
+        compile_blocks(metalm)
     results = {}
     torch.manual_seed(0)
     fixed = random_documents([64] * 16)
@@ -182,10 +186,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1, help="a round")
     parser.add_argument("--threads", type=int, default=0, help="of both sides; 0: torch's default")
+    parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    for name, result in measure(arguments.rounds, arguments.steps).items():
+    for name, result in measure(arguments.rounds, arguments.steps, arguments.compile).items():
         print(f"{name}: METALM {result['ratio']:.2f} x LLaVA ({result['cpu_ratio']:.2f} in processor time)")
         for side in ("metalm", "peer"):
             print(

@@ -200,6 +200,10 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
+        return self.out(self.attend(*self.project(x_BTD, rotary), mask, bias_1HQK, cache, layer))
+
+    def project(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, W], keys and values [B, G, T, W], turned by their positions."""
         B, T, _ = x_BTD.shape
         qkv = self.qkv(x_BTD).view(B, T, -1, self.head_width).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
@@ -208,6 +212,19 @@ class Attention(nn.Module):
             q = q * self.query_scale
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return q, k, v
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask | str | Attends,
+        bias_1HQK: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """What the queries find, [B, T, H W]."""
         if cache is not None:
             k, v = cache.append(layer, k, v)
         dropout = self.dropout if self.training else 0.0
@@ -215,7 +232,7 @@ class Attention(nn.Module):
             out = attend(q, k, v, mask, bias_1HQK, dropout, self.softcap)
         else:
             out = mask.attend(q, k, v, dropout, self.softcap)
-        return self.out(out.transpose(1, 2).reshape(B, T, -1))
+        return out.transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
@@ -231,8 +248,15 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, mask: Mask | str | Attends, rotary=None, bias_1HQK=None, cache=None, layer=0) -> Tensor:
-        attended = self.attention(self.attention_norm(x_BTD), mask, rotary, bias_1HQK, cache, layer)
-        x_BTD = x_BTD + self.dropout(self.attention_post_norm(attended))
+        q, k, v = self.before(x_BTD, rotary)
+        return self.after(x_BTD, self.attention.attend(q, k, v, mask, bias_1HQK, cache, layer))
+
+    def before(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before attention; with `after` it is compiled where a run asks for that (`metalm.training.compiling`)."""
+        return self.attention.project(self.attention_norm(x_BTD), rotary)
+
+    def after(self, x_BTD: Tensor, attended_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.dropout(self.attention_post_norm(self.attention.out(attended_BTD)))
         return x_BTD + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x_BTD))))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from metalm.errors import ConfigError, TrainingError
 from metalm.registry import did_you_mean
 from metalm.segments import Batch
+from metalm.training.compiling import compile_blocks
 from metalm.training.config import TrainingConfig
 from metalm.training.extensions import prepare_extensions
 
@@ -100,6 +101,13 @@ def make_engine(model: nn.Module, config: TrainingConfig, rows: int):
 
     ds_config = deepspeed_config(config, rows)
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    if config.compile:
+        if ds_config.get("zero_optimization", {}).get("stage") == 3:
+            raise ConfigError(
+                "training.compile: ZeRO-3 gathers a layer's weights as the layer runs, which compiled blocks do not let it do; "
+                "take training.deepspeed=zero2, or training.compile=false"
+            )
+        compile_blocks(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ConfigError("nothing trains: every part of the model is frozen")
