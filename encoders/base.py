@@ -27,6 +27,8 @@ from metalm.errors import ConfigError
 from metalm.nn.freezing import Trainable
 from metalm.nn.packing import pack
 
+BESIDE = "./"  # before the name of a folder that lies beside an export's config.json
+
 
 @dataclass(kw_only=True)
 class EncoderConfig:
@@ -98,10 +100,14 @@ class Encoder(nn.Module, ABC):
     def layers(self) -> list[nn.Module]:
         """The blocks from input to output, for freezing all but the last n; the final norm counts as the last."""
 
-    def save_files(self, folder: Path) -> bool:
-        """Writes what it takes to make the encoder again, beside its configuration and weights, into a folder of the export,
-        which is its configuration's `name` from then on; returns whether there is such a thing."""
-        return False
+    def save_files(self, folder: Path, plain: dict) -> None:
+        """Writes what it takes to make the encoder again, beside its configuration and weights: nothing, for most.
+
+        Args:
+            folder: of the export, to be made where it is needed, for files called `config.json` and `tokenizer.json`.
+            plain: the encoder's plain configuration as the export will have it, to be changed: a `name` that was to be fetched
+                becomes `BESIDE` and the folder's.
+        """
 
 
 def layers_up_to(layers: nn.ModuleList, layer: int, name: str) -> nn.ModuleList:

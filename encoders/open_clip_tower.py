@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +19,12 @@ from metalm.registry import did_you_mean
 class OpenClipConfig(TowerConfig):
     """`name` as in open_clip, e.g. `ViT-B-32`; `pretrained` a tag (`laion2b_s34b_b79k`), a checkpoint file, or empty.
 
-    As a type, `open_clip:ViT-B-32/laion2b_s34b_b79k` is both.
+    As a type, `open_clip:ViT-B-32/laion2b_s34b_b79k` is both. `preprocess` is open_clip's `mean`, `std` and `interpolation` of
+    pixels where they are not those of `pretrained`, or without it the model's own: an export keeps them.
     """
 
     pretrained: str = ""
+    preprocess: dict[str, Any] | None = None
 
     @staticmethod
     def from_spec(spec: str) -> dict:
@@ -44,7 +48,11 @@ class OpenClipEncoder(ImageTower):
         size = {"force_image_size": config.image_size} if config.image_size else {}
         try:
             visual = open_clip.create_model(
-                config.name, pretrained=config.pretrained or None, device=torch.get_default_device(), **size
+                config.name,
+                pretrained=config.pretrained or None,
+                device=torch.get_default_device(),
+                force_preprocess_cfg=config.preprocess,
+                **size,
             ).visual
         except (RuntimeError, OSError, ValueError) as error:
             raise ConfigError(f"open_clip model {config.name!r} cannot be made: {error}") from error
@@ -66,6 +74,10 @@ class OpenClipEncoder(ImageTower):
 
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
         return self.checked(self.model(self.normalize(pixels_N3HW))[1])
+
+    def save_files(self, folder: Path, plain: dict) -> None:
+        """No file, but how pixels are normalised: some weights bring that along."""
+        plain["preprocess"] = {key: self.model.preprocess_cfg[key] for key in ("mean", "std", "interpolation")}
 
     def layers(self) -> list[nn.Module]:
         blocks = self.model.transformer.resblocks

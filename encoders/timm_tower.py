@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from metalm.encoders.base import layers_up_to
+from metalm.encoders.base import BESIDE, layers_up_to
 from metalm.encoders.image import ImageProcessor, ImageTower, TowerConfig
 from metalm.errors import ConfigError
 from metalm.registry import did_you_mean
 
+LOCAL = "local-dir"  # timm's word for a folder, before the colon
+
 
 @dataclass(kw_only=True)
 class TimmConfig(TowerConfig):
-    """`name` as in timm, e.g. `vit_small_patch16_224.augreg_in21k`; as a type, `timm:NAME` is that with its weights.
+    """`name` as in timm, e.g. `vit_small_patch16_224.augreg_in21k`, also `hf-hub:ID` and `local-dir:FOLDER`; as a type,
+    `timm:NAME` is that with its weights.
 
     A convolutional network's states are the places of its last map of features: 7 x 7 of 224 x 224 pixels, or 14 x 14 with
     `arguments: {output_stride: 16}`. `arguments` go to `timm.create_model` as they are (depth, embed_dim, drop_path_rate, …),
@@ -45,8 +50,9 @@ class TimmEncoder(ImageTower):
         import timm
 
         self.name = config.name
+        self.source = read_source(config.name)
         architecture = config.name.split(".")[0]
-        if not set(":/") & set(config.name) and not timm.is_model(architecture):  # hf-hub:… and local-dir:… are others
+        if self.source is None and not timm.is_model(architecture):
             raise ConfigError(f"timm has no model {architecture!r}{did_you_mean(architecture, timm.list_models())}")
         arguments = dict(config.arguments or {})
         checkpoint = arguments.pop("checkpoint_path", "")
@@ -105,6 +111,13 @@ class TimmEncoder(ImageTower):
                 norm.eval()
         return self
 
+    def save_files(self, folder: Path, plain: dict) -> None:
+        """The `config.json` of a model that is not timm's own: its architecture, arguments and preprocessing."""
+        if self.source is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(self.source, indent=1))
+            plain["name"] = BESIDE + folder.name
+
     def layers(self) -> list[nn.Module]:
         if self.convolutional:
             return [self.model.get_submodule(stage["module"]) for stage in self.model.feature_info]
@@ -120,20 +133,47 @@ def recompute(model: nn.Module, name: str) -> None:
         raise ConfigError(f"timm model {name!r} cannot recompute its activations") from error
 
 
+def read_source(name: str) -> dict | None:
+    """What the `config.json` of `local-dir:FOLDER`, `hf-hub:ID` or an export's folder says; None of timm's own models.
+
+    Raises:
+        ConfigError: there is none, or it describes no model of timm.
+    """
+    kind, colon, place = name.partition(":")
+    if Path(name).is_absolute():
+        kind, colon, place = LOCAL, ":", name
+    if not colon:
+        return None
+    try:
+        if kind == LOCAL:
+            path = Path(place) / "config.json"
+        elif kind in ("hf-hub", "hf_hub"):
+            from huggingface_hub import hf_hub_download
+
+            own, _, revision = place.partition("@")
+            path = hf_hub_download(own, "config.json", revision=revision or None)
+        else:
+            raise ConfigError(f"timm model {name!r}: before the colon goes hf-hub (an id of the Hub) or {LOCAL} (a folder)")
+        described = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:  # the Hub's errors are of these
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"timm model {name!r}: there is no config.json that can be read ({reason})") from error
+    if "architecture" not in described:
+        raise ConfigError(f"timm model {name!r}: its config.json names no architecture of timm")
+    return described
+
+
 def make_timm_model(config: TimmConfig, arguments: dict) -> nn.Module:
     """Raises `ConfigError` where timm cannot make it so."""
     import timm
 
+    name = f"{LOCAL}:{config.name}" if Path(config.name).is_absolute() else config.name
     sized = arguments | ({"img_size": config.image_size} if config.image_size else {})
     try:
-        try:
-            return timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **sized)
-        except TypeError as error:
-            if sized == arguments or "img_size" not in str(error):
-                raise
-        # Only a model of patches is made for a size.
-        return timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **arguments)
+        return timm.create_model(name, pretrained=config.pretrained, num_classes=0, **sized)
     except TypeError as error:
+        if sized != arguments and "img_size" in str(error):  # only a model of patches is made for a size
+            return make_timm_model(replace(config, image_size=0), arguments)
         raise ConfigError(f"timm model {config.name!r} does not take these arguments: {error}") from error
     except (RuntimeError, OSError, ValueError, AssertionError, SafetensorError) as error:
         reason = str(error) or f"{type(error).__name__}, {sized}"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from metalm.data.tokenizer import FILE, Tokenizer
-from metalm.encoders.base import Collated, Encoder, EncoderConfig, Processor
+from metalm.encoders.base import BESIDE, Collated, Encoder, EncoderConfig, Processor
 from metalm.errors import ConfigError
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "deberta-v2", "mpnet")  # as `model_type` has it; MiniLM is a bert
@@ -114,12 +114,12 @@ class TransformersEncoder(Encoder):
     def layers(self) -> list[nn.Module]:
         return list(self.model.encoder.layer)
 
-    def save_files(self, folder: Path) -> bool:
+    def save_files(self, folder: Path, plain: dict) -> None:
         """The model's `config.json` and its tokenizer, which is all of `name` that an export needs."""
         folder.mkdir(parents=True, exist_ok=True)
         self.model.config.save_pretrained(folder)
         (folder / FILE).write_text(self.processor.tokenizer)
-        return True
+        plain["name"] = BESIDE + folder.name
 
 
 def read_config(name: str) -> Any:

@@ -11,6 +11,7 @@ Shapes: N films, F frames, P states of a frame, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -97,6 +98,9 @@ class VideoEncoder(Encoder):
         time_F = torch.arange(F, device=over_time.device)
         over_time = self.time(over_time, time_F.expand(N * P, F))
         return over_time.view(N, P, F, D).transpose(1, 2).flatten(1, 2)
+
+    def save_files(self, folder: Path, plain: dict) -> None:
+        self.image.save_files(folder, plain["image"])
 
     def layers(self) -> list[nn.Module]:
         blocks = self.time.blocks

@@ -10,7 +10,7 @@ is loaded: of the Hub only the files of `PATTERNS` are fetched, and a configurat
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import metalm
 from metalm.config import build_plugin, to_plain
 from metalm.data.tokenizer import Tokenizer
+from metalm.encoders.base import BESIDE
 from metalm.errors import CheckpointError
 from metalm.models import MODELS
 
@@ -27,7 +28,6 @@ from metalm.models import MODELS
 USE = ("connector", "trainable", "init_from", "dropout", "activation_checkpointing", "combination")
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PATTERNS = ("*.json", "*.safetensors", CARD)  # what an export consists of
-BESIDE = "./"  # before the name of a folder that lies beside config.json
 FOREIGN = "hf:"  # before the name of a checkpoint in Hugging Face's layout, a folder or a Hub id
 
 
@@ -65,10 +65,18 @@ def read_record(folder: Path) -> dict:
     from: a stranger's would be a way in."""
     record = json.loads((folder / CONFIG).read_text())
     fetch_nothing(record["model"])
-    for part in record["model"].get("encoders", {}).values():
-        if str(part.get("name", "")).startswith(BESIDE):
-            part["name"] = str(folder.resolve() / part["name"])
+    for part in parts_beside(record["model"]):
+        part["name"] = str(folder.resolve() / part["name"])
     return record
+
+
+def parts_beside(plain: dict) -> Iterator[dict]:
+    """The parts of a plain configuration that are made from files in a folder beside it."""
+    if str(plain.get("name", "")).startswith(BESIDE):
+        yield plain
+    for value in plain.values():
+        if isinstance(value, dict):
+            yield from parts_beside(value)
 
 
 def save_pretrained(
@@ -88,8 +96,7 @@ def save_pretrained(
     plain = to_plain(model.config)
     fetch_nothing(plain)
     for name, encoder in getattr(model, "encoders", {}).items():
-        if encoder.save_files(folder / name):
-            plain["encoders"][name]["name"] = BESIDE + name
+        encoder.save_files(folder / name, plain["encoders"][name])
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
     record = {"metalm_version": metalm.__version__, "tokenizer_fingerprint": tokenizer.fingerprint, "model": plain}
     (folder / CONFIG).write_text(json.dumps(record, indent=1))

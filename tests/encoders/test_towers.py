@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,3 +214,84 @@ def test_one_name_stands_for_a_pretrained_tower():
 def test_what_cannot_be_is_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         make(values)
+
+
+def published(folder: Path) -> Path:
+    """A model of timm's, its weights and its `config.json`, as timm's own `save_for_hf` writes them."""
+    torch.manual_seed(3)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=3, embed_dim=24, num_classes=5)
+    model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear"}
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    return folder
+
+
+def with_eye(**eye) -> MetaLM:
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(["a red dog"], 280)
+    values = {
+        "decoder": {**DECODER, "vocab_size": tokenizer.size},
+        "encoders": {"eye": {"connector": {"type": "linear"}, **eye}},
+    }
+    model = MetaLM(build(MetaLMConfig, values, "test")).eval()
+    model.tokenizer = tokenizer
+    return model
+
+
+@pytest.mark.parametrize("in_films", [False, True])
+def test_an_export_stands_without_the_folder_that_its_tower_came_from(tmp_path, monkeypatch, in_films):
+    source = published(tmp_path / "source")
+    tower = {"type": f"timm:local-dir:{source}"}
+    model = with_eye(**({"type": "video", "image": tower, "frames": 2, "heads": 2} if in_films else tower))
+    eye = model.encoders["eye"].image if in_films else model.encoders["eye"]
+    assert eye.processor.image_size == 48 and eye.processor.interpolation == "bilinear"
+    weights = timm.create_model(f"local-dir:{source}", pretrained=True).state_dict()
+    assert torch.equal(eye.model.blocks[2].mlp.fc1.weight, weights["blocks.2.mlp.fc1.weight"])
+    model.save_pretrained(tmp_path / "export")
+    shutil.rmtree(source)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert str(source) not in (tmp_path / "export/config.json").read_text()
+    moved = tmp_path / "moved"
+    shutil.move(tmp_path / "export", moved)
+    again = MetaLM.from_pretrained(moved)
+    again.save_pretrained(moved)  # over itself
+    again = MetaLM.from_pretrained(moved).encoders["eye"]
+    again = again.image if in_films else again
+    with torch.no_grad():
+        assert torch.equal(read(again, picture(60, 50)), read(eye, picture(60, 50)))
+
+
+def test_an_export_keeps_the_pixel_statistics_of_its_weights(tmp_path, monkeypatch):
+    """A tag of open_clip may bring its own: these weights of ViT-L-14 have other ones than the model's name."""
+    import open_clip
+
+    small = open_clip.get_model_config("ViT-S-32-alt")
+    monkeypatch.setattr(open_clip.factory, "get_model_config", lambda name: copy.deepcopy(small))
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *args, **kwargs: str(tmp_path / "weights.pt"))
+    torch.save(open_clip.create_model("ViT-S-32-alt").state_dict(), tmp_path / "weights.pt")
+    model = with_eye(type="open_clip:ViT-L-14/laion2b_s32b_b82k")
+    eye = model.encoders["eye"]
+    assert eye.pixel_mean.flatten().tolist() == [127.5] * 3
+    model.save_pretrained(tmp_path / "export")
+    again = MetaLM.from_pretrained(tmp_path / "export").encoders["eye"]
+    with torch.no_grad():
+        assert torch.equal(read(again, picture(60, 50)), read(eye, picture(60, 50)))
+
+
+@pytest.mark.parametrize(
+    "name, config, message",
+    [
+        ("local-dir:{}", None, "there is no config.json that can be read"),
+        ("local-dir:{}", "no JSON", "there is no config.json that can be read"),
+        ("local-dir:{}", '{"model_type": "bert"}', "its config.json names no architecture of timm"),
+        ("local-dir:{}", '{"architecture": "vit_tinny"}', "cannot be made: Unknown model"),
+        ("hf-hub:no/such", None, "there is no config.json that can be read"),
+        ("file:{}", None, r"before the colon goes hf-hub \(an id of the Hub\) or local-dir \(a folder\)"),
+        ("some/model", None, "timm has no model 'some/model'"),
+    ],
+)
+def test_a_source_that_is_no_model_of_timm_is_refused(tmp_path, monkeypatch, name, config, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ConfigError, match=message):
+        make(VIT, name=name.format(tmp_path))
