@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -87,6 +88,20 @@ def list_shards(spec: str | list[str]) -> list[str]:
                 raise DataError(f"shards {str(path)!r}: this path {what}; make shards with `metalm data scenes|import`")
             shards += found
     return shards
+
+
+def public_name(spec: str) -> str:
+    """What strangers may read of a name of shards, or of any other string of a configuration: no command, no signature and no
+    password.
+
+    pipe:curl -H "Token: x" https://h/a-{00..99}.tar?k=y    pipe:… a-{00..99}.tar
+    https://user:password@host/a.tar?signature=…            https://host/a.tar
+    """
+    if spec.lstrip().startswith("pipe:"):
+        return " ".join(["pipe:…", *re.findall(r"[^\s/\\'\"=?&#@:;|<>]+\.(?:tar|tgz)\b(?:\.\w+)?", spec)])
+    if "://" not in spec:
+        return spec
+    return re.sub(r"(://)[^/\s]*@", r"\1", re.split(r"[?#]", spec, maxsplit=1)[0])
 
 
 def count_samples(spec: str | list[str]) -> int | None:

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metalm.config import to_plain
-from metalm.data.shards import count_samples
+from metalm.data.shards import count_samples, public_name
 from metalm.errors import DataError
 
 NAME = "HUB_ID_OR_FOLDER"  # stands in a card that has not been pushed yet
@@ -107,7 +107,9 @@ def data_section(run: Any) -> str:
             shards = [source.shards] if isinstance(source.shards, str) else source.shards
             count = count_samples(shards)
             size = "" if count is None else f"{count:,}"
-            rows.append((use, ", ".join(f"`{shard}`" for shard in shards), source.task, weight_of(source.weight), size))
+            rows.append(
+                (use, ", ".join(f"`{public_name(shard)}`" for shard in shards), source.task, weight_of(source.weight), size)
+            )
     return "## Data\n\n" + table(("for", "shards", "task", "weight", "samples"), rows)
 
 
@@ -136,10 +138,21 @@ def metrics_section(run: Any) -> str:
 
 
 def configuration(run: Any) -> str:
+    """The run's configuration; without `variables`, which are where they were used, and without secrets."""
     import yaml
 
-    plain = yaml.safe_dump(to_plain(run), sort_keys=False, allow_unicode=True).strip()
-    return f"## Configuration\n\nAs `metalm train` takes it.\n\n```yaml\n{plain}\n```"
+    plain = public({key: value for key, value in to_plain(run).items() if key != "variables"})
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).strip()
+    return f"## Configuration\n\nAs `metalm train` takes it.\n\n```yaml\n{text}\n```"
+
+
+def public(plain: Any) -> Any:
+    """A plain configuration whose strings anybody may read; see `metalm.data.shards.public_name`."""
+    if isinstance(plain, dict):
+        return {key: public(value) for key, value in plain.items()}
+    if isinstance(plain, list):
+        return [public(value) for value in plain]
+    return public_name(plain) if isinstance(plain, str) else plain
 
 
 def fill_in(card: str, name: str, results: Sequence[str | Path] = ()) -> str:
@@ -154,7 +167,9 @@ def fill_in(card: str, name: str, results: Sequence[str | Path] = ()) -> str:
         try:
             result = json.loads(Path(path).read_text())
             for metric, value in result["metrics"].items():
-                rows.append((result["task"], f"`{result['data']}`", f"{result['num_samples']:,}", metric, f"{value:.4f}"))
+                rows.append(
+                    (result["task"], f"`{public_name(result['data'])}`", f"{result['num_samples']:,}", metric, f"{value:.4f}")
+                )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is no result of `metalm evaluate` ({type(error).__name__}: {error})") from error
     if not rows:

@@ -18,7 +18,7 @@ from metalm.card import fill_in, model_card
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import CheckpointError, ConfigError
 from metalm.models import MODELS
-from metalm.pretrained import CARD, PATTERNS, find_export, load_pretrained, read_model_config, save_pretrained
+from metalm.pretrained import CARD, CONFIG, PATTERNS, files_of, find_export, load_pretrained, read_model_config, save_pretrained
 
 
 class PretrainedModel(nn.Module):
@@ -73,6 +73,8 @@ class PretrainedModel(nn.Module):
 def push_export(name: str | Path, repo_id: str, private: bool = False, results: Sequence[str | Path] = ()) -> str:
     """Uploads an export to the Hugging Face Hub, in one commit; returns its address.
 
+    Of an older export in the same place nothing is left; what else is there stays.
+
     Args:
         name: a run, or an export's folder.
         repo_id: `user/name`, or `name` under the user whose token is used; it is made where it does not exist.
@@ -84,7 +86,7 @@ def push_export(name: str | Path, repo_id: str, private: bool = False, results: 
         CheckpointError: there is no export, the Hub cannot be reached, or does not let us write.
         DataError: a file is no result.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HFValidationError
 
     folder = find_export(name)
@@ -98,6 +100,11 @@ def push_export(name: str | Path, repo_id: str, private: bool = False, results: 
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         changes = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         changes.append(CommitOperationAdd(CARD, fill_in(card, repo.repo_id, results).encode()))
+        there = set(api.list_repo_files(repo.repo_id))
+        if CONFIG in there:
+            old = files_of(Path(api.hf_hub_download(repo.repo_id, CONFIG)).read_bytes())
+            stale = there & old - {change.path_in_repo for change in changes}
+            changes += [CommitOperationDelete(name) for name in sorted(stale)]
         api.create_commit(repo.repo_id, changes, commit_message=f"METALM {metalm.__version__}")
     except HFValidationError as error:
         raise ConfigError(f"the Hub allows no model called {repo_id!r}: write user/name ({error})") from error

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import metalm
 from metalm.config import build_plugin, to_plain
-from metalm.data.tokenizer import Tokenizer
+from metalm.data.tokenizer import FILE, Tokenizer
 from metalm.encoders.base import BESIDE
 from metalm.errors import CheckpointError
 from metalm.models import MODELS
@@ -27,6 +27,7 @@ from metalm.models import MODELS
 # What a part that starts from another's weights decides for itself; all else is their shape.
 USE = ("connector", "trainable", "init_from", "dropout", "activation_checkpointing", "combination")
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+ADAPTERS = ("adapters.safetensors", "adapters.json")  # beside them, where a run had some
 PATTERNS = ("*.json", "*.safetensors", CARD)  # what an export consists of
 FOREIGN = "hf:"  # before the name of a checkpoint in Hugging Face's layout, a folder or a Hub id
 
@@ -82,7 +83,7 @@ def parts_beside(plain: dict) -> Iterator[dict]:
 def save_pretrained(
     weights: Mapping[str, Tensor], model: nn.Module, tokenizer: Tokenizer, folder: str | Path, card: str
 ) -> None:
-    """Writes an export.
+    """Writes an export; of an older one in the same folder nothing is left, and nothing else there is touched.
 
     Args:
         weights: the model's state dict, on the CPU and whole.
@@ -93,6 +94,7 @@ def save_pretrained(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_old(folder)
     plain = to_plain(model.config)
     fetch_nothing(plain)
     for name, encoder in getattr(model, "encoders", {}).items():
@@ -102,6 +104,29 @@ def save_pretrained(
     (folder / CONFIG).write_text(json.dumps(record, indent=1))
     tokenizer.save(folder)
     (folder / CARD).write_text(card)
+
+
+def files_of(config: str | bytes) -> set[str]:
+    """The names of all files that an export with this `config.json` may have, relative to it; none where it is not ours."""
+    try:
+        record = json.loads(config)
+        record["metalm_version"]
+        folders = [part["name"].removeprefix(BESIDE) for part in parts_beside(record["model"])]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    own = [folder for folder in folders if Path(folder).name == folder]  # not what lies elsewhere
+    return {CONFIG, WEIGHTS, CARD, FILE, *ADAPTERS} | {f"{folder}/{name}" for folder in own for name in (CONFIG, FILE)}
+
+
+def remove_old(folder: Path) -> None:
+    """Removes of the export in a folder what the next one need not overwrite: adapters, and the files of its encoders."""
+    if not (folder / CONFIG).is_file():
+        return
+    for name in files_of((folder / CONFIG).read_bytes()) - {CONFIG, WEIGHTS, CARD, FILE}:
+        (folder / name).unlink(missing_ok=True)
+        own = (folder / name).parent
+        if own != folder and own.is_dir() and not any(own.iterdir()):
+            own.rmdir()
 
 
 def fetch_nothing(plain: dict) -> None:

@@ -5,8 +5,8 @@ POST /api/validate-yaml                     a card's front matter
 POST /api/models/ID/preupload/main          which files go by LFS: the safetensors
 POST /ID.git/info/lfs/objects/batch         where to put them
 PUT  /lfs/OID
-POST /api/models/ID/commit/main             lines of JSON: header, files in base64, LFS files by their hash
-GET  /api/models/ID/revision/main, /api/models/ID/tree/SHA, /ID/resolve/SHA/FILE
+POST /api/models/ID/commit/main             lines of JSON: header, files in base64, LFS files by their hash, deletions
+GET  /api/models/ID/revision/main, /api/models/ID/tree/SHA, /ID/resolve/SHA/FILE; main for SHA, too
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ class Handler(BaseHTTPRequestHandler):
                     hub.models[name][value["path"]] = base64.b64decode(value["content"])
                 if row["key"] == "lfsFile":
                     hub.models[name][value["path"]] = hub.objects[value["oid"]]
+                if row["key"] == "deletedFile":
+                    del hub.models[name][value["path"]]
             url = f"{hub.url}/{name}/commit/{SHA}"
             return self.reply(200, {"success": True, "commitUrl": url, "commitOid": SHA, "hookOutput": ""})
         return self.reply(404)
@@ -110,10 +112,10 @@ class Handler(BaseHTTPRequestHandler):
             if path == f"/api/models/{name}/revision/main":
                 siblings = [{"rfilename": p} for p in files]
                 return self.reply(200, {"_id": "1", "id": name, "sha": SHA, "siblings": siblings, "tags": [], "private": False})
-            if path == f"/api/models/{name}/tree/{SHA}":
+            if path in (f"/api/models/{name}/tree/{SHA}", f"/api/models/{name}/tree/main"):
                 tree = [{"type": "file", "path": p, "size": len(content), "oid": blobs[p]} for p, content in files.items()]
                 return self.reply(200, tree)
-            file = path.removeprefix(f"/{name}/resolve/{SHA}/")
+            file = path.replace("/resolve/main/", f"/resolve/{SHA}/").removeprefix(f"/{name}/resolve/{SHA}/")
             if file in files:
                 return self.reply(200, files[file], ETag=f'"{blobs[file]}"', X_Repo_Commit=SHA)
         return self.reply(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")

@@ -14,7 +14,7 @@ import torch
 import yaml
 from hub_server import TOKEN, serve
 
-from metalm.card import NAME
+from metalm.card import NAME, fill_in, model_card
 from metalm.config import build
 from metalm.errors import CheckpointError, DataError
 from metalm.evaluation.result import Prediction, Result
@@ -22,7 +22,7 @@ from metalm.hub import push_export
 from metalm.model import MetaLM, MetaLMConfig
 from metalm.models import MODELS
 from metalm.objectives.mim import MIM
-from metalm.pretrained import load_pretrained
+from metalm.pretrained import ADAPTERS, load_pretrained
 from metalm.training.config import load_run_config
 from metalm.training.loop import train
 
@@ -82,10 +82,36 @@ def test_the_card_says_what_the_run_was(run):
     loss = [row["loss"] for row in rows if "loss" in row][-1]
     assert f"| `loss` | 2 | {loss:.4f} |" in body and f"| `val_loss` | 2 | {val_loss:.4f} |" in body
     config = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
-    assert config == yaml.safe_load((run / "config.yaml").read_text())
+    own = yaml.safe_load((run / "config.yaml").read_text())
+    assert config == {key: value for key, value in own.items() if key != "variables"}
     shards = config["data"]["train"][0]["shards"]
     count = json.loads((Path(shards) / "index.json").read_text())["num_samples"]
     assert f"| training | `{shards}` | image_text | 1 | {count:,} |" in body
+
+
+def test_no_secret_of_a_run_is_published(run, tmp_path):
+    """Commands, signatures and passwords; what the shards are called may be known."""
+    yaml_of_run = yaml.safe_load((run / "config.yaml").read_text())
+    secret = "x7SECRETx"
+    yaml_of_run["data"]["train"][0]["shards"] = [
+        f"pipe:curl -H 'Authorization: {secret}' https://me:{secret}@host/a-{{000..012}}.tar?k={secret}",
+        f"https://me:{secret}@host/b/c.tar?signature={secret}#{secret}",
+    ]
+    yaml_of_run["data"]["validation"][0]["shards"] = f"s3://{secret}:{secret}@bucket/{{d,e}}.tar"
+    yaml_of_run["variables"] = {"token": secret}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(yaml_of_run))
+    config = load_run_config(tmp_path / "config.yaml")
+    assert secret in str(config)
+    model, tokenizer = load_pretrained(run)
+    card = model_card(model, model.state_dict(), tokenizer.size, config)
+    assert secret not in card
+    assert card.count("https://host/b/c.tar") == card.count("s3://bucket/{d,e}.tar") == 2
+    assert "| training | `pipe:… a-{000..012}.tar`, `https://host/b/c.tar` | image_text |" in card
+    Result("vqa", {"accuracy": 0.5}, "x", f"https://{secret}@h/v.tar?{secret}", {}, [Prediction("1", "", [], 1.0)]).write(
+        tmp_path / "result.json"
+    )
+    filled = fill_in(card, "me/it", [tmp_path / "result.json"])
+    assert secret not in filled and "`https://h/v.tar`" in filled
 
 
 SMALL = {
@@ -204,6 +230,64 @@ def test_a_model_goes_to_the_hub_and_comes_back(tmp_path):
         assert hub.models["me/again"] == {**there, "README.md": renamed.encode()} and renamed.count("## Evaluation") == 1
         repeated = on_hub(hub.url, home, *push)
         assert repeated.returncode == 0, repeated.stderr
+
+
+def old_export(folder: Path) -> set[str]:
+    """An export of a model with two encoders made from files, and adapters beside it; returns what is not ours in it."""
+    tower = folder.parent / "tower"
+    tower.mkdir()
+    architecture = {
+        "architecture": "vit_tiny_patch16_224",
+        "pretrained_cfg": {},
+        "model_args": {"img_size": 32, "depth": 1, "embed_dim": 24},
+    }
+    (tower / "config.json").write_text(json.dumps(architecture))
+    encoder = {"type": "timm", "name": f"local-dir:{tower}", "connector": {"type": "linear"}}
+    decoder = STACK | {"vocab_size": 300}
+    model = MetaLM(build(MetaLMConfig, {"decoder": decoder, "encoders": {"eye": encoder, "other": encoder}}, "test"))
+    model.tokenizer = small("metalm").tokenizer
+    model.save_pretrained(folder)
+    for name in (*ADAPTERS, "notes.json", "eye/notes.json"):
+        (folder / name).write_text("{}")
+    return {"notes.json", "eye/notes.json"}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_of_an_older_export_in_the_same_folder_nothing_is_left(tmp_path):
+    folder = tmp_path / "export"
+    others = old_export(folder)
+    assert {"eye/config.json", "other/config.json", *ADAPTERS} <= names(folder)
+    small("mim").save_pretrained(tmp_path / "new")
+    small("mim").save_pretrained(folder)
+    assert names(folder) == names(tmp_path / "new") | others and not (folder / "other").exists()
+    (tmp_path / "theirs").mkdir()
+    for name in ("config.json", *ADAPTERS):
+        (tmp_path / "theirs" / name).write_text("{}")
+    small("mim").save_pretrained(tmp_path / "theirs")  # another program's
+    assert names(tmp_path / "theirs") == names(tmp_path / "new") | set(ADAPTERS)
+
+
+def test_a_strangers_export_does_not_say_what_is_removed_elsewhere(tmp_path):
+    old_export(tmp_path / "export")
+    record = json.loads((tmp_path / "export/config.json").read_text())
+    record["model"]["encoders"]["eye"]["name"] = "./../tower"
+    (tmp_path / "export/config.json").write_text(json.dumps(record))
+    small("mim").save_pretrained(tmp_path / "export")
+    assert (tmp_path / "tower/config.json").exists() and not (tmp_path / "export/other").exists()
+
+
+def test_a_push_removes_of_an_older_export_what_the_new_one_has_not(tmp_path):
+    others = old_export(tmp_path / "old")
+    small("mim").save_pretrained(tmp_path / "new")
+    with serve() as hub:
+        for name in ("old", "new"):
+            command = ["-m", "metalm", "push", "--model", str(tmp_path / name), "--to", "me/tiny"]
+            pushed = on_hub(hub.url, tmp_path / f"home of {name}", *command)
+            assert pushed.returncode == 0, pushed.stderr
+            assert set(hub.models["me/tiny"]) == names(tmp_path / name) | others
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from metalm.errors import CheckpointError, ConfigError
+from metalm.pretrained import ADAPTERS, fill, find_export
 
-WEIGHTS, CONFIG = "adapters.safetensors", "adapters.json"
+WEIGHTS, CONFIG = ADAPTERS
 
 
 @dataclass
@@ -85,8 +86,6 @@ def load_adapters(model: nn.Module, name: str | Path) -> None:
         CheckpointError: it has none, or they do not fit.
     """
     from safetensors.torch import load_file
-
-    from metalm.pretrained import fill, find_export
 
     path = find_export(name) / WEIGHTS
     if not path.exists():
