@@ -352,7 +352,8 @@ class PackedStream(IterableDataset):
         interface = replace(self.interface, views=self.draw_views(i, f"{self.seed} {epoch} {i} {sample.key} view"))
         documents = list(TASKS[self.sources[i].task](interface, sample, rng, **arguments))
         if not self.interface.layout:
-            own = {"weight": self.sources[i].loss_weight, "modality": modality(sample)}
+            learned = "text" if self.sources[i].task == "text" else modality(sample)  # captions alone are text, too
+            own = {"weight": self.sources[i].loss_weight, "modality": learned}
             documents = [replace(document, **own) for document in documents]
         for document in documents:
             if len(document) > self.config.row_length:

@@ -236,6 +236,12 @@ def test_targets_have_their_sources_weight_and_their_modality(data, interface):
     assert kinds == Counter({name: count for (name, _), count in weights.items()})
 
 
+def test_captions_that_are_read_as_text_are_logged_as_text(data, interface):
+    source = {"shards": str(data / "pairs"), "task": "text", "objective": {"type": "prefix"}}
+    batches = list(loader(interface, settings(data, train=[source]), repeat=False))
+    assert batches and all(list(batch.modalities) == ["text"] for batch in batches)
+
+
 def test_views_are_drawn_anew_each_epoch_and_equal_under_a_seed(interface, tmp_path):
     noise = io.BytesIO()
     Image.frombytes("RGB", (32, 32), random.Random(0).randbytes(3 * 32 * 32)).save(noise, "PNG")
