@@ -127,15 +127,27 @@ class Interface:
         answers are joined, the same words are then the same tokens."""
         return self.tokenizer.encode(" " + text.strip())
 
-    def query(self, media: Media, tokens: list[int], context: Sequence[int] = ()) -> Segments:
+    def query(self, media: Media, tokens: list[int], context: Sequence[int] = (), least: int = 0) -> Segments:
         """Media, or a textual `context` in their place, and `tokens` on them.
 
-        A fused encoder reads both at once, others one by one; the context is what gets cut for room.
+        A fused encoder reads both at once, others one by one; the context is what gets cut for room: the encoder's and, with
+        `least`, that of as many positions after the prompt.
         """
         tokens = tokens[: self.text_room]
+        context = list(context[: self.text_room - len(tokens) if self.fused else self.text_room])
+        if least and context:
+            room = self.max_length - least - sum(map(len, self.query(media, tokens)))
+            context = self.beginning(context, room) or context[:1]
         if self.fused:
-            return self.read(media, [*context[: self.text_room - len(tokens)], *tokens])
-        return [*self.read(media, list(context[: self.text_room])), *self.read([], tokens)]
+            return self.read(media, [*context, *tokens])
+        return [*self.read(media, context), *self.read([], tokens)]
+
+    def beginning(self, tokens: list[int], room: int) -> list[int]:
+        """As much of a text as takes at most `room` positions where it is read: an encoder with a tokenizer of its own makes
+        other tokens of it, and a connector may make fewer vectors."""
+        while tokens and (length := sum(map(len, self.read([], tokens)))) > room:
+            tokens = tokens[: max(0, min(len(tokens) - 1, len(tokens) * room // length))]
+        return tokens
 
     def prompt(self, media: Media, text: str) -> Segments:
         """An instruction on media: what the model reads before it answers."""
@@ -214,6 +226,7 @@ def image_text(
         tokens = interface.turn(caption, room)
         reads_prefix = interface.text and (prefix == 1 or rng.random() < prefix)
         p = rng.randint(0, min(len(tokens) - 1, interface.text_room)) if reads_prefix else 0
+        p = len(interface.beginning(tokens[:p], room - 1))
         prompt = interface.query(sample.media, tokens[:p], context)
         turns.append([*prompt, Text(tokens[p:][: interface.room(prompt, least=1)])])
     yield from interface.documents(turns, sample.key)
@@ -262,7 +275,8 @@ def vqa(interface: Interface, sample: Sample, rng: random.Random) -> Iterator[Do
     for question in sample.questions:
         if not (question.answers or question.soft_answers):
             raise DataError(f"sample {sample.key!r}: question {question.id!r} has no answer to train on")
-        turns.append(interface.answer(question_query(interface, sample, question), question.best_answer))
+        least = len(interface.turn(question.best_answer, interface.max_length))
+        turns.append(interface.answer(question_query(interface, sample, question, least), question.best_answer))
     yield from interface.documents(turns, sample.key)
 
 
@@ -275,10 +289,11 @@ def caption_query(interface: Interface, sample: Sample) -> Segments:
     return interface.prompt(sample.media, CAPTION_PROMPT)
 
 
-def question_query(interface: Interface, sample: Sample, question: Question) -> Segments:
-    """What the model reads before it answers: the question on the media or, without any, on the sample's text."""
+def question_query(interface: Interface, sample: Sample, question: Question, least: int = 0) -> Segments:
+    """What the model reads before it answers, which needs `least` positions: the question on the media or, without any, on the
+    sample's text."""
     context = interface.encode(sample.text) if sample.text and not sample.media else []
-    return interface.query(sample.media, interface.encode(question_prompt(question.question)), context)
+    return interface.query(sample.media, interface.encode(question_prompt(question.question)), context, least)
 
 
 TASKS = {

@@ -46,8 +46,8 @@ class OwnTokensProcessor(Processor):
     """Texts in the encoder's own tokens; a blank span is the empty text.
 
     `max_positions` is the encoder's positions without [CLS] and [SEP], taken as the room for the *run's* tokens, which is what
-    layouts count. Where a text of so many has more of the encoder's own, these are cut at the end of its positions, and the end
-    of the text is not read; a run's vocabulary that is larger than the encoder's makes that likelier.
+    layouts draw spans by. Where a text of so many has more of the encoder's own, these are cut at the end of its positions, and
+    the end of the text is not read; a run's vocabulary that is larger than the encoder's makes that likelier.
 
     Attributes:
         tokenizer: the contents of a `tokenizer.json` that cuts to the encoder's positions.

@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 from benchmarks.text_checkpoints import FAMILIES, TEXTS, write_checkpoint
 from metalm.cli import app
 from metalm.config import build, find_config
-from metalm.data.prompts import Interface, text
-from metalm.data.sample import Sample
+from metalm.data.prompts import Interface, image_text, text, vqa
+from metalm.data.sample import Question, Sample
 from metalm.data.tokenizer import Tokenizer
 from metalm.encoders.transformers_text import TransformersConfig, TransformersEncoder
-from metalm.errors import ConfigError
+from metalm.errors import ConfigError, DataError
 from metalm.model import MetaLM, MetaLMConfig
 from metalm.nn.freezing import set_trainable
 from metalm.objectives import OBJECTIVES
@@ -263,6 +263,33 @@ def test_documents_fit_their_rows_however_many_tokens_the_encoder_makes(kind, tm
                 own += tokenizer.decode(segment.tokens)
         said += own if kind == "prefix" or not said else own[len(tokenizer.decode(document.segments[0].tokens[:1])) :]
     assert said == whole and longer > 0
+
+
+def test_captions_and_questions_fit_their_rows_however_many_tokens_the_encoder_makes(tmp_path):
+    write_checkpoint(tmp_path, "roberta")
+    tokenizer = Tokenizer.train([" ".join(TEXTS)] * 50, 340)
+    _, reader = interface(tmp_path, tokenizer, 40)
+    story, caption = TEXTS[0], TEXTS[1]
+    prefixes = 0
+    pair = Sample("pair", text="the", captions=[caption])
+    for seed in range(60):
+        (document,) = image_text(reader, pair, random.Random(seed))
+        *_, prefix, said = document.segments
+        assert len(document) <= 40 and len(said) >= 1
+        assert (
+            caption.startswith((prefix.inputs["text"] + tokenizer.decode(said.tokens)).strip())
+            or prefix.inputs["text"] == " the"
+        )
+        prefixes += len(document.segments) == 3
+    assert prefixes > 10
+    asked = Sample("asked", text=f"{story} " * 9, questions=[Question("1", "which?", ["the red dog"])])
+    (document,) = vqa(reader, asked, random.Random(0))
+    told, question, answer = document.segments
+    assert f" {story}".startswith(told.inputs["text"][:20]) and 36 <= len(document) <= 40
+    assert question.inputs["text"].endswith("which? answer:") and answer.tokens[-1] == tokenizer.end
+    asked.questions[0].question = "which? " * 20  # is not cut
+    with pytest.raises(DataError, match="leaves no room for an answer in 40"):
+        list(vqa(reader, asked, random.Random(0)))
 
 
 def test_gradients_pass_through_a_docked_encoder_and_a_batch_without_text_runs_it(bert):
