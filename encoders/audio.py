@@ -91,3 +91,7 @@ class AudioProcessor(Processor):
 
     def blank(self) -> dict:
         return {"audio": encode_wav(torch.zeros(self.shortest), self.sample_rate)}
+
+    def largest(self, share: float = 1.0) -> dict:
+        samples = max(self.shortest, round(self.chunk * share))
+        return {"audio": encode_wav(torch.zeros(samples), self.sample_rate)}

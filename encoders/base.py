@@ -79,6 +79,11 @@ class Processor(ABC):
     def blank(self) -> dict:
         """The smallest valid inputs, for a batch without this modality: every encoder runs in every step."""
 
+    def largest(self, share: float = 1.0) -> dict:
+        """Inputs of the most states that a span has, or about this share of them, for estimates; of sounds, which have no most,
+        those of a whole chunk. By default all spans are alike."""
+        return self.blank()
+
 
 class Encoder(nn.Module, ABC):
     """Device side: tensors in, states [R, S, width] out.

@@ -55,6 +55,10 @@ class ImageProcessor(Processor):
     def blank(self) -> dict:
         return {"image": one_pixel_png()}
 
+    def largest(self, share: float = 1.0) -> dict:
+        tiles = max(1, math.floor(self.tiles * share))
+        return {"image": black_png(tiles * self.image_size, self.image_size)}
+
 
 SQUARE = ("pixel_shuffle", "convolution")  # connectors that read a picture's states as a square
 
@@ -113,8 +117,12 @@ class ImageTower(Encoder):
 
 
 def one_pixel_png() -> bytes:
+    return black_png(1, 1)
+
+
+def black_png(width: int, height: int) -> bytes:
     from PIL import Image
 
     out = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(out, "PNG")
+    Image.new("RGB", (width, height)).save(out, "PNG")
     return out.getvalue()

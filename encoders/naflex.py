@@ -10,6 +10,7 @@ Shapes: N pictures, P patches of the largest, K numbers a patch, M states of all
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from metalm.data.images import fit_picture, picture_size, read_picture
 from metalm.encoders.base import Collated, Encoder, EncoderConfig, Processor
-from metalm.encoders.image import SQUARE, one_pixel_png
+from metalm.encoders.image import SQUARE, black_png, one_pixel_png
 from metalm.errors import ConfigError
 from metalm.registry import did_you_mean
 
@@ -94,6 +95,11 @@ class NaFlexProcessor(Processor):
     def blank(self) -> dict:
         return {"image": one_pixel_png()}
 
+    def largest(self, share: float = 1.0) -> dict:
+        patches = max(1, math.floor(self.max_patches * share))
+        rows = next(rows for rows in range(math.isqrt(patches), 0, -1) if patches % rows == 0)
+        return {"image": black_png(patches // rows * self.patch_size, rows * self.patch_size)}
+
 
 class NaFlexEncoder(Encoder):
     """A NaFlex ViT without its class and register tokens."""
@@ -126,6 +132,8 @@ class NaFlexEncoder(Encoder):
         self.processor = NaFlexProcessor(patch_size, config.max_patches, data["interpolation"])
 
     def forward(self, patches_NPK: Tensor, place_NP2: Tensor, inside_NP: Tensor) -> Tensor:
+        if place_NP2.is_meta:  # where nobody can look for rows and columns, as timm does
+            place_NP2 = torch.zeros(place_NP2.shape, dtype=torch.long, device="cpu")
         pixels = patches_NPK.unflatten(-1, (-1, 3))
         patches = ((pixels - self.pixel_mean) / self.pixel_std).flatten(2).to(next(self.model.parameters()).dtype)
         states = self.model.forward_features(patches, patch_coord=place_NP2, patch_valid=inside_NP)["patches"]

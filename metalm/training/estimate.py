@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from metalm.data.prompts import Interface
+from metalm.encoders.image import one_pixel_png
 from metalm.errors import ConfigError
 from metalm.models import MODELS, fit_to_tokenizer, token_field
-from metalm.segments import Document, Text
+from metalm.segments import Document, Span, Text
 from metalm.training.config import RunConfig
 
 
@@ -43,9 +44,9 @@ def parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def flops_per_step(config: RunConfig, model: nn.Module) -> int:
-    """Forward and backward FLOPs of one rank's step on full rows, counted on the meta device, where the model must be; what
-    recomputed activations cost anew is left out.
+def flops_per_step(config: RunConfig, model: nn.Module) -> tuple[int, str]:
+    """Forward and backward FLOPs of one rank's step on full rows, counted on the meta device, where the model must be, and of
+    what rows; what recomputed activations cost anew is left out.
 
     Of an adaptive softmax its head counts, where every prediction is made; few go on to a cluster of rarer words.
     """
@@ -55,7 +56,7 @@ def flops_per_step(config: RunConfig, model: nn.Module) -> int:
             module.set_grad_checkpointing(False)
     length = config.data.row_length
     interface = Interface.of(model, None, length)
-    document = sample_document(interface, length)
+    document, rows = sample_document(interface, length)
     batch = interface.collate([[document] * (length // len(document))] * config.data.rows, length)
     predictions = model.num_predictions(batch)
     with FlopCounterMode(display=False) as counter:
@@ -65,31 +66,49 @@ def flops_per_step(config: RunConfig, model: nn.Module) -> int:
     vocabulary = next(p.vocab_size for p in vars(config.model).values() if hasattr(p, "vocab_size"))
     if getattr(config.model, "cutoffs", None):
         vocabulary = len(model.softmax.head.weight)
-    return (counter.get_total_flops() + 6 * predictions * states[0].shape[-1] * vocabulary) * config.training.accumulation
+    flops = counter.get_total_flops() + 6 * predictions * states[0].shape[-1] * vocabulary
+    return flops * config.training.accumulation, rows
 
 
-def sample_document(interface: Interface, length: int) -> Document:
+def sample_document(interface: Interface, length: int) -> tuple[Document, str]:
     """A text as long as the model takes, where it lays texts out itself; else what the model can read: media with 16 tokens of
-    text, 64 more for an encoder of text alone, and 48 to predict, or what there is room for.
+    text, 64 more for an encoder of text alone, and 48 to predict, or what there is room for. Media are at their largest, or at
+    as large a share of that as a row holds.
+
+    Returns:
+        It, and what it is in words.
 
     Raises:
         ConfigError: a row does not hold what the encoders make of that.
     """
-    from metalm.encoders.image import one_pixel_png
-
     if interface.layout:
-        return interface.layout.lay_out([0] * interface.layout.room(length), random.Random(0), "")
-    media = [(kind, interface.processors[name].blank()[kind]) for kind, name in interface.readers.items() if name]
+        return interface.layout.lay_out([0] * interface.layout.room(length), random.Random(0), ""), "texts of a row each"
+    for share in (1.0, 0.5, 0.25, 0.125, 0.0):
+        prompt = sample_prompt(interface, length, share)
+        room = length - sum(map(len, prompt))
+        if room >= 1:
+            break
+    else:
+        raise ConfigError(f"data.row_length={length} does not hold what the encoders make of an image and a few words")
+    spans = [segment for segment in prompt if isinstance(segment, Span)]
+    words = [f"{s.encoder} of {interface.processors[s.encoder].num_states(s.inputs):,} states" for s in spans]
+    if any(interface.processors[s.encoder].reads != {"text"} for s in spans):
+        words.append("media at their largest" if share == 1 else f"media at {share:.0%} of their largest, which rows hold")
+    document = Document([*prompt, Text([0] * min(48, room))])
+    return interface.load(document), ", ".join([*words, f"{len(document)} positions a document"])
+
+
+def sample_prompt(interface: Interface, length: int, share: float) -> list[Text | Span]:
+    """What `sample_document` lets the model read, with media at a share of their largest."""
+    processors = interface.processors
+    media = [(kind, processors[name].largest(share)[kind]) for kind, name in interface.readers.items() if name]
     if interface.fused:
-        media = [("image", one_pixel_png())]
+        media = [("image", one_pixel_png())]  # of one size, whatever the picture
     words = interface.text_room
     prompt = interface.read(media, [0] * min(16, words))
     if interface.text and interface.text != interface.fused:
         prompt.append(interface.read_tokens([0] * max(1, min(64, words, (length - sum(map(len, prompt))) // 2))))
-    room = length - sum(map(len, prompt))
-    if room < 1:
-        raise ConfigError(f"data.row_length={length} does not hold what the encoders make of an image and a few words")
-    return interface.load(Document([*prompt, Text([0] * min(48, room))]))
+    return prompt
 
 
 def estimate(config: RunConfig, world: int) -> dict:
@@ -98,13 +117,15 @@ def estimate(config: RunConfig, world: int) -> dict:
         model = MODELS[config.model.type](config.model)
     parts = parameters_by_part(model)
     total, trainable = (sum(column) for column in zip(*parts.values()))
+    flops, rows = flops_per_step(config, model)
     return {
         "parameters": {name: {"all": a, "trainable": t} for name, (a, t) in parts.items()},
         "total": {"all": total, "trainable": trainable},
         "model_state_bytes": {
             str(w): model_state_bytes(total, trainable, config.training.precision, w) for w in sorted({world, 8, 64})
         },
-        "flops_per_step_and_rank": flops_per_step(config, model),
+        "flops_per_step_and_rank": flops,
+        "flops_of": rows,
         "positions_per_step": config.data.row_length * config.data.rows * config.training.accumulation * world,
     }
 
@@ -142,3 +163,4 @@ def print_estimate(config: RunConfig) -> None:
     console.print(memory)
     console.print(f"positions a step: {figures['positions_per_step']:,}", highlight=False)
     console.print(f"FLOPs a step and rank: {figures['flops_per_step_and_rank']:.3e}", highlight=False)
+    console.print(f"counted on rows of {figures['flops_of']}", highlight=False)

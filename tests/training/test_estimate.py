@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 import metalm.configs
 from metalm.errors import ConfigError
@@ -61,8 +62,64 @@ def test_a_dry_run_prints_the_parts_and_trains_nothing(tmp_path, capsys):
     out = tmp_path / "run"
     print_estimate(load_run_config("demo/pretrain.yaml", [f"out={out}"]))
     said = capsys.readouterr().out
-    assert all(word in said for word in ("decoder", "encoders.image", "ZeRO-3", "FLOPs a step and rank"))
+    assert all(word in said for word in ("decoder", "encoders.image", "ZeRO-3", "FLOPs a step and rank", "counted on rows of"))
     assert not out.exists()
+
+
+EYES = {
+    "tiles": (
+        {
+            "type": "timm",
+            "name": "vit_tiny_patch16_224",
+            "image_size": 32,
+            "arguments": {"depth": 2, "embed_dim": 48},
+            "tiles": 6,
+        },
+        "tiles",
+        lambda tiles: 4 * (1 + tiles),
+    ),
+    "naflex": (
+        {"type": "naflex", "name": "naflexvit_base_patch16_gap", "arguments": {"depth": 2, "embed_dim": 48, "num_heads": 2}},
+        "max_patches",
+        lambda patches: patches,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", EYES)
+def test_pictures_of_many_sizes_count_at_their_largest(kind, tmp_path):
+    """A model of one picture and words: its encoder's FLOPs are those of the most patches that a picture has."""
+    eye, key, states_of = EYES[kind]
+    plain = {
+        "out": str(tmp_path),
+        "model": {
+            "decoder": {"layers": 1, "width": 16, "heads": 2, "positions": "rotary"},
+            "encoders": {"eye": {**eye, "connector": {"type": "linear"}}},
+        },
+        "data": {"train": [{"shards": "none", "task": "captioning"}], "row_length": 256, "rows": 1},
+        "training": {"steps": 1},
+        "tokenizer": {"vocab_size": 100},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(plain))
+
+    def figures(budget: int, row_length: int = 256) -> dict:
+        config = load_run_config(path, [f"model.encoders.eye.{key}={budget}", f"data.row_length={row_length}"])
+        fill_in_tokens(config)
+        return estimate(config, 1)
+
+    for budget in (2, 6, 35):
+        said = figures(budget)["flops_of"]
+        assert said.startswith(f"eye of {states_of(budget)} states, media at their largest")
+    # One picture a row: the row's end is empty, so only the encoder's and its positions' FLOPs differ.
+    few, many = (figures(budget, states_of(budget) + 70)["flops_per_step_and_rank"] for budget in (3, 30))
+    assert many > 3 * few
+    said = figures(35, 100)["flops_of"]  # rows that do not hold the largest
+    assert "media at 50% of their largest, which rows hold" in said if kind == "tiles" else "at their largest" in said
+
+
+def test_sounds_count_a_chunk_at_a_time():
+    assert "states, media at" in estimate(load("audio/transcribe.yaml"), 1)["flops_of"]
 
 
 def test_rows_too_short_for_a_picture_are_said():
