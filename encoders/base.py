@@ -91,9 +91,12 @@ class Encoder(nn.Module, ABC):
     Attributes:
         width: size of a state.
         processor: the host side that belongs to this encoder.
+        runs_vary: whether it depends on the batch how often its layers run. ZeRO-3 gathers weights anew for each time, all
+            ranks together, so that ranks with different batches would wait for each other forever.
     """
 
     Config: ClassVar[type[EncoderConfig]]
+    runs_vary: bool = False
     width: int
     processor: Processor
 

@@ -58,8 +58,7 @@ class SpeechEncoder(Encoder):
     """A torchaudio model's states.
 
     Models that normalise over time (`group_norm`: the base models), and WavLM, which takes no mask, read rows of unequal length
-    apart, so that padding has no part in their states. How often they run then depends on the lengths in a rank's batch, which
-    ZeRO-3 does not allow on several ranks: train them there by another stage, or with clips of one length.
+    apart, so that padding has no part in their states: they run once for each length in a rank's batch.
     """
 
     Config = SpeechConfig
@@ -70,7 +69,7 @@ class SpeechEncoder(Encoder):
         transformer = self.model.encoder.transformer
         convolutions = self.model.feature_extractor.conv_layers
         over_time = isinstance(convolutions[0].layer_norm, nn.GroupNorm)
-        self.reads_apart = over_time or hasattr(transformer.layers[0].attention, "rel_attn_embed")
+        self.runs_vary = over_time or hasattr(transformer.layers[0].attention, "rel_attn_embed")
         self.norm_at_end = not transformer.layer_norm_first  # torchaudio's flag says where the norm of the whole stack is
         if config.layer:
             transformer.layers = layers_up_to(transformer.layers, config.layer, config.name)
@@ -87,7 +86,7 @@ class SpeechEncoder(Encoder):
 
     def forward(self, audio_RF: Tensor, length_R: Tensor) -> Tensor:
         audio_RF = audio_RF.to(next(self.model.parameters()).dtype)
-        if not self.reads_apart:
+        if not self.runs_vary:
             return self.states(audio_RF, length_R)
         if audio_RF.is_meta:
             return self.states(audio_RF, None)

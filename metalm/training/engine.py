@@ -100,6 +100,7 @@ def make_engine(model: nn.Module, config: TrainingConfig, rows: int):
     import deepspeed
 
     ds_config = deepspeed_config(config, rows)
+    check_runs(model, ds_config.get("zero_optimization", {}).get("stage", 0), dist.get_world_size())
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     if config.compile:
         if ds_config.get("zero_optimization", {}).get("stage") == 3:
@@ -123,6 +124,17 @@ def make_engine(model: nn.Module, config: TrainingConfig, rows: int):
         optimizer = torch.optim.AdamW(groups, **arguments, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     return engine
+
+
+def check_runs(model: nn.Module, stage: int, world: int) -> None:
+    """Raises `ConfigError` where processes would wait for each other: under ZeRO-3, layers must run equally often on all."""
+    varying = [name for name, module in model.named_modules() if getattr(module, "runs_vary", False)]
+    if varying and stage == 3 and world > 1:
+        raise ConfigError(
+            f"{varying[0]} runs once for each length in a batch, and ZeRO-3 needs it to run equally often in all {world} "
+            "processes: set training.deepspeed to zero2, or take a model that reads all lengths at once (wav2vec2_large_lv60k, "
+            "hubert_large)"
+        )
 
 
 def parameter_groups(named: list[tuple[str, nn.Parameter]], config: TrainingConfig) -> list[dict]:

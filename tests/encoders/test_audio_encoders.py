@@ -185,6 +185,27 @@ def test_what_cannot_be_made_is_said(values, message):
         make(values)
 
 
+@pytest.mark.parametrize("name, shape", MODELS)
+def test_models_that_run_once_a_length_are_refused_where_processes_would_hang(name, shape):
+    from torch import nn
+
+    from metalm.training.engine import check_runs
+
+    encoder, runs = speech(name, shape), []
+    encoder.model.encoder.transformer.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    clips = [encoder.processor.load({"audio": hiss(samples)}) for samples in (2000, 3000, 4000)]
+    encoder(**encoder.processor.collate(clips).inputs)
+    assert len(runs) == (3 if encoder.runs_vary else 1)
+    model = nn.ModuleDict({"encoders": nn.ModuleDict({"ear": encoder})})
+    for stage, world in ((3, 1), (2, 8)):
+        check_runs(model, stage, world)
+    if encoder.runs_vary:
+        with pytest.raises(ConfigError, match=r"encoders\.ear runs once for each length in a batch.* all 2 processes: .*zero2"):
+            check_runs(model, 3, 2)
+    else:
+        check_runs(model, 3, 2)
+
+
 def test_weights_of_another_shape_are_refused(tmp_path):
     torch.save(torchaudio.models.wav2vec2_model(**WAV2VEC2 | {"encoder_num_layers": 2}).state_dict(), tmp_path / "two.pth")
     with pytest.raises(ConfigError, match="are not those of wav2vec2_model"):
