@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from metalm.data.images import decode_image
 from metalm.encoders.base import Collated, Encoder, EncoderConfig, Processor, pack_spans
@@ -147,7 +148,8 @@ class FusedEncoder(Encoder):
         words = self.embedding(tokens_M)
         rotary = None
         if self.config.positions == "rotary":
-            rotary = rotary_tables(position_RS, self.config.head_width)
+            c = self.config
+            rotary = rotary_tables(position_RS, c.head_width, c.rotary_base, c.rotary_scaling)
         else:
             words = words + self.text_positions(position_RS.flatten()[places["text"]])
         patches = self.patches(pixels_N3HW)
@@ -156,7 +158,10 @@ class FusedEncoder(Encoder):
         x_RSD = self.dropout(x.view(R, S, self.width))
         mask = Mask(same_document(span_RS), R, S, S, span_RS.device)
         for block in self.blocks:
-            x_RSD = block(x_RSD, mask, rotary, places)
+            if self.config.activation_checkpointing and self.training:
+                x_RSD = checkpoint(block, x_RSD, mask, rotary, places, use_reentrant=False)
+            else:
+                x_RSD = block(x_RSD, mask, rotary, places)
         return self.norm(x_RSD)
 
     def layers(self) -> list[nn.Module]:

@@ -77,6 +77,8 @@ class TwoTowerConfig(TransformerConfig, EncoderConfig):
         super().__post_init__()
         if self.relative_bias:
             raise ConfigError("relative_bias is not for two towers: their positions are added once, to what both read")
+        if self.qk_norm:
+            raise ConfigError("qk_norm is not for two towers: the scores that combine them are not scaled, by definition")
 
 
 def before(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -195,12 +197,13 @@ class Combination(nn.Module):
     def __init__(self, config: TwoTowerConfig):
         super().__init__()
         self.concat, self.bias_kv = config.query == "concat", config.bias_kv
-        self.head_width = config.width // config.heads
-        self.query = nn.Linear(config.width * (2 if self.concat else 1), config.width, bias=config.bias)
-        self.key_value = nn.Linear(config.width, 2 * config.kv_heads * self.head_width, bias=config.bias)
+        self.head_width = config.head_width
+        bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        self.query = nn.Linear(config.width * (2 if self.concat else 1), config.heads * self.head_width, bias=bias)
+        self.key_value = nn.Linear(config.width, 2 * config.kv_heads * self.head_width, bias=bias)
         if self.bias_kv:
             self.bias_2G1W = nn.Parameter(torch.zeros(2, config.kv_heads, 1, self.head_width))
-        self.out = nn.Linear(config.width, config.width, bias=config.bias)
+        self.out = nn.Linear(config.heads * self.head_width, config.width, bias=config.bias)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)

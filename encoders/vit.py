@@ -47,6 +47,8 @@ class ViTConfig(ImageShape, TransformerConfig, EncoderConfig):
         ImageShape.__post_init__(self)
         if self.relative_bias:
             raise ConfigError("relative_bias is not for patches, which lie in two dimensions")
+        if self.max_positions != TransformerConfig.max_positions:
+            raise ConfigError("max_positions is not for patches: image_size and patch_size say how many there are")
 
 
 class PatchEmbedding(nn.Module):

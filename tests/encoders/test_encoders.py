@@ -224,6 +224,38 @@ def test_frozen_batch_norms_go_on_by_what_they_learned():
         assert not torch.equal(encoder.train()(pixels), expected)
 
 
+def fused(**changes) -> tuple[Encoder, dict]:
+    """A fused encoder and what it reads of a picture with words, and of words alone."""
+    encoder = make({**CONFIGS["fused"], **changes})
+    spans = [{"image": noise(2), "tokens": [5, 6]}, {"tokens": [1, 2, 3]}]
+    return encoder, encoder.processor.collate([encoder.processor.load(one) for one in spans]).inputs
+
+
+@torch.no_grad()
+def test_the_fused_encoder_takes_every_choice_of_a_stack():
+    plain, inputs = fused(positions="rotary")
+    turned, _ = fused(positions="rotary", rotary_base=50.0)
+    turned.load_state_dict(plain.state_dict())
+    assert not torch.allclose(turned(**inputs), plain(**inputs))
+    wide, _ = fused(head_width=12, qk_norm=True)
+    assert wide.blocks[0].attention.qkv.out_features == 3 * 2 * 12 and wide(**inputs).isfinite().all()
+    wide.blocks[0].attention.query_norm.weight.mul_(3)
+    assert not torch.equal(wide(**inputs), fused(head_width=12, qk_norm=True)[0](**inputs))
+
+
+def test_the_fused_encoder_recomputes_its_activations():
+    grads = []
+    for again in (False, True):
+        encoder, inputs = fused(activation_checkpointing=again)
+        runs = []
+        encoder.blocks[0].attention.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        encoder.train()(**inputs).square().sum().backward()
+        assert len(runs) == 1 + again
+        grads.append([parameter.grad for parameter in encoder.parameters()])
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other)
+
+
 def test_open_clip_states_are_open_clips(encoders):
     encoder = encoders["open_clip"]
     model = open_clip.create_model("ViT-S-32-alt", force_image_size=64).visual.eval()
@@ -315,6 +347,7 @@ def test_open_clip_checkpoints_load(tmp_path):
         ({**CONFIGS["fused"], "patch_size": 5}, "image_size 16 is no multiple of patch_size 5"),
         ({**CONFIGS["vit"], "patch_size": 0}, "image_size 16 is no multiple of patch_size 0"),
         ({**CONFIGS["vit"], "image_size": 0}, "image_size 0 is no multiple of patch_size 8"),
+        ({**CONFIGS["vit"], "max_positions": 64}, "max_positions is not for patches"),
         ({**CONFIGS["vit"], "relative_bias": True}, "relative_bias is not for patches"),
         ({**CONFIGS["fused"], "relative_bias": True}, "relative_bias is not for the fused encoder"),
     ],

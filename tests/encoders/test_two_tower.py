@@ -74,14 +74,14 @@ def slow_tower(tower, x: list[Tensor], forward: bool) -> list[Tensor]:
     c = tower.config
     for block in tower.blocks:
         normed = [block.attention_norm(one) for one in x]
-        size = c.kv_heads * c.width // c.heads
-        q, k, v = zip(*(block.attention.qkv(one).split([c.width, size, size]) for one in normed))
+        size = c.kv_heads * c.head_width
+        q, k, v = zip(*(block.attention.qkv(one).split([c.heads * c.head_width, size, size]) for one in normed))
         keys, values = learned(block.attention)
         attended = []
         for i in range(len(x)):
             seen = [j for j in range(len(x)) if (j <= i if forward else j >= i)]
             near_keys, near_values = [k[j] for j in seen] + keys, [v[j] for j in seen] + values
-            attended.append(slow_attention(q[i], near_keys, near_values, c.heads, c.kv_heads, (c.width // c.heads) ** -0.5))
+            attended.append(slow_attention(q[i], near_keys, near_values, c.heads, c.kv_heads, c.head_width**-0.5))
         x = [one + block.attention.out(a) for one, a in zip(x, attended)]
         x = [one + block.mlp(block.mlp_norm(one)) for one in x]
     return [tower.norm(one) for one in x]
@@ -95,7 +95,7 @@ def slow_encoder(encoder: TwoTowerEncoder, tokens: list[int]) -> Tensor:
     x = [encoder.embedding.weight[token] * scale + table[i] for i, token in enumerate(tokens)]
     left, right = slow_tower(encoder.left_to_right, x, True), slow_tower(encoder.right_to_left, x, False)
     top = encoder.combination
-    size = c.kv_heads * c.width // c.heads
+    size = c.kv_heads * c.head_width
     (fk, fv), (bk, bv) = (zip(*(top.key_value(one).split(size) for one in side)) for side in (left, right))
     keys, values = learned(top)
     states = []
@@ -116,6 +116,7 @@ VARIANTS = [
     {"bias_kv": False},
     {"query": "concat", "kv_heads": 1},
     {"positions": "learned", "norm": "rms", "mlp": "swiglu", "bias": False},
+    {"head_width": 6, "qkv_bias": False, "heads": 4, "kv_heads": 2},
 ]
 
 
@@ -370,6 +371,7 @@ def test_configurations_survive_being_written():
     [
         ({"vocab_size": 0}, "vocab_size is not set"),
         ({"relative_bias": True}, "relative_bias is not for two towers"),
+        ({"qk_norm": True}, "qk_norm is not for two towers"),
         ({"positions": "rotary"}, "positions cannot be 'rotary'"),
         ({"combination": "ful"}, "combination cannot be 'ful'; did you mean 'full'"),
         ({"query": "mean"}, "query cannot be 'mean'"),
