@@ -73,8 +73,7 @@ class TowerConfig(EncoderConfig):
             comes after is left out of the model. 0 is the last with the norm after it.
         tiles: so many at most, beside the picture as a whole, where it is larger than `image_size`: a picture takes up to
             1 + `tiles` times the positions.
-        activation_checkpointing: layers are run again in the backward pass instead of being remembered; batch norms that train
-            then take each batch into their statistics twice.
+        activation_checkpointing: layers are run again in the backward pass instead of being remembered.
     """
 
     name: str

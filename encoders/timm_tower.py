@@ -82,6 +82,11 @@ class TimmEncoder(ImageTower):
                 f"timm model {config.name!r} gives no patch states; take a ViT, DeiT, BEiT or EVA, or a convolutional network"
             )
         if config.activation_checkpointing:
+            if self.batch_norms() and config.trainable not in ("none", "biases"):
+                raise ConfigError(
+                    f"timm model {config.name!r} has batch norms: run again by activation_checkpointing, they would take each "
+                    "batch into their statistics twice; go without, or take a model with other norms, a ViT or a ConvNeXt"
+                )
             recompute(self.model, config.name)
         self.width = self.model.num_features
         self.skip = getattr(self.model, "num_prefix_tokens", 0)

@@ -34,6 +34,7 @@ DECODER = {"layers": 1, "width": 16, "heads": 2}
 VIT = {"type": "timm", "name": "vit_tiny_patch16_224", "image_size": 32, "arguments": {"depth": 3, "embed_dim": 24}}
 CLIP = {"type": "open_clip", "name": "ViT-S-32-alt", "image_size": 64}
 RESNET = {"type": "timm", "name": "resnet10t", "image_size": 64}
+CONVNEXT = {"type": "timm", "name": "convnext_atto", "image_size": 64}
 NAFLEX = {
     "type": "naflex",
     "name": "naflexvit_base_patch16_gap",
@@ -77,19 +78,19 @@ def test_a_layer_before_the_last_is_read_without_the_norm(values, layer, block):
     assert not any(name.startswith(("model.norm.", "model.ln_post.")) for name in names)
 
 
-@pytest.mark.parametrize("values", [VIT, CLIP, RESNET, NAFLEX])
+@pytest.mark.parametrize("values", [VIT, CLIP, CONVNEXT, NAFLEX])
 def test_recomputed_activations_give_the_same_gradients(values):
     plain, again = make(values), make(values, activation_checkpointing=True)
     again.load_state_dict(plain.state_dict())
     calls = {plain: 0, again: 0}
     for encoder in calls:
         layer = encoder.layers()[1]
-        first = next(module for module in layer.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.LayerNorm))
+        *_, last = (module for module in layer.modules() if isinstance(module, torch.nn.LayerNorm))
 
         def count(module, inputs, out, encoder=encoder):
             calls[encoder] += 1
 
-        first.register_forward_hook(count)
+        last.register_forward_hook(count)
         read(encoder.train(), picture(64, 48), picture(32, 32, seed=1)).square().sum().backward()
     assert calls == {plain: 1, again: 2}
     for (name, one), (_, other) in zip(plain.named_parameters(), again.named_parameters(), strict=True):
@@ -203,6 +204,10 @@ def test_one_name_stands_for_a_pretrained_tower():
         (VIT | {"layer": 4}, "layer 4: vit_tiny_patch16_224 has 3 layers"),
         (VIT | {"layer": -4}, "layer -4: vit_tiny_patch16_224 has 3 layers"),
         (RESNET | {"layer": -2}, "of a convolutional network, 'resnet10t', the last map is read"),
+        (
+            RESNET | {"activation_checkpointing": True},
+            "'resnet10t' has batch norms: .* take each batch into their statistics twice",
+        ),
         (VIT | {"tiles": 0}, "tiles is 0"),
         (VIT | {"tiles": 2, "connector": {"type": "pixel_shuffle"}}, "pixel_shuffle reads a square of states"),
         (NAFLEX | {"connector": {"type": "convolution"}}, "convolution reads a square of states"),
