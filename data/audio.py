@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import io
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metalm.errors import DataError
+from metalm.errors import ConfigError, DataError
+
+
+def import_soundfile() -> Any:
+    """The library, at need; raises `ConfigError` where it or libsndfile, which it calls, is missing."""
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:
+        raise ConfigError(f"sounds need soundfile and libsndfile: pip install soundfile ({error})") from error
+    return soundfile
 
 
 def decode_audio(encoded: bytes, sample_rate: int) -> Tensor:
@@ -17,7 +27,7 @@ def decode_audio(encoded: bytes, sample_rate: int) -> Tensor:
     Raises:
         DataError: the bytes are no sound, or one without samples.
     """
-    import soundfile
+    soundfile = import_soundfile()
 
     try:
         samples_TC, own_rate = soundfile.read(io.BytesIO(encoded), dtype="float32", always_2d=True)
@@ -39,7 +49,7 @@ def num_samples(encoded: bytes, sample_rate: int) -> int:
     Raises:
         DataError: the bytes are no sound, or one without samples.
     """
-    import soundfile
+    soundfile = import_soundfile()
 
     try:
         info = soundfile.info(io.BytesIO(encoded))
@@ -55,7 +65,7 @@ def num_samples(encoded: bytes, sample_rate: int) -> int:
 
 def encode_wav(wave: Tensor, sample_rate: int) -> bytes:
     """A 16-bit WAV of a waveform [samples] in [-1, 1]."""
-    import soundfile
+    soundfile = import_soundfile()
 
     out = io.BytesIO()
     soundfile.write(out, wave.numpy(), sample_rate, format="WAV", subtype="PCM_16")

@@ -21,7 +21,7 @@ from metalm.data.sample import Media, Question, Sample
 from metalm.data.takes import Take
 from metalm.data.tokenizer import Tokenizer
 from metalm.data.views import View
-from metalm.errors import ConfigError, DataError
+from metalm.errors import ConfigError, DataError, about
 from metalm.nn.packing import pack
 from metalm.objectives.base import Objective, TextLayout
 from metalm.segments import IGNORE, Batch, Document, Span, Text, load_spans, make_batch
@@ -286,14 +286,16 @@ def own_task(interface: Interface, sample: Sample, rng: random.Random) -> Iterat
 
 
 def caption_query(interface: Interface, sample: Sample) -> Segments:
-    return interface.prompt(sample.media, CAPTION_PROMPT)
+    with about(f"sample {sample.key!r}"):
+        return interface.prompt(sample.media, CAPTION_PROMPT)
 
 
 def question_query(interface: Interface, sample: Sample, question: Question, least: int = 0) -> Segments:
     """What the model reads before it answers, which needs `least` positions: the question on the media or, without any, on the
     sample's text."""
     context = interface.encode(sample.text) if sample.text and not sample.media else []
-    return interface.query(sample.media, interface.encode(question_prompt(question.question)), context, least)
+    with about(f"sample {sample.key!r}"):
+        return interface.query(sample.media, interface.encode(question_prompt(question.question)), context, least)
 
 
 TASKS = {

@@ -32,7 +32,7 @@ from metalm.data.sample import Sample
 from metalm.data.shards import list_shards, read_shard
 from metalm.data.takes import QUIET, Take, draw_take
 from metalm.data.views import View, draw_view
-from metalm.errors import ConfigError, DataError
+from metalm.errors import ConfigError, DataError, MetalmError, about
 from metalm.nn.packing import pack
 from metalm.objectives import OBJECTIVES
 from metalm.segments import Batch, Document
@@ -236,14 +236,14 @@ class PackedStream(IterableDataset):
         # Seeded by number, not by path: the data may lie elsewhere when a run resumes.
         return [Source(c, f"{self.seed} {i}", reader, readers, self.repeat) for i, c in enumerate(self.sources)]
 
-    def __iter__(self) -> Iterator[Batch | DataError]:
+    def __iter__(self) -> Iterator[Batch | MetalmError]:
         """The batches; in a worker process an error is handed over as an item, since raising would wrap it in a traceback."""
         if get_worker_info() is None:
             yield from self.batches()
             return
         try:
             yield from self.batches()
-        except DataError as error:
+        except MetalmError as error:
             yield error
 
     def batches(self) -> Iterator[Batch]:
@@ -299,10 +299,10 @@ class PackedStream(IterableDataset):
                     ended[i], weights[i] = True, 0.0
                     continue
                 try:
-                    documents += self.lay_out(i, sample, sources[i].position.epoch)
+                    with about(f"sample {sample.key!r}"):
+                        documents += self.lay_out(i, sample, sources[i].position.epoch)
                 except DataError as error:
-                    named = sample.key in str(error)
-                    messages.append(str(error) if named else f"sample {sample.key!r}: {error}")
+                    messages.append(str(error))
                 # In a block that is read again (skip), these are counted already.
                 self.check_broken(broken + (0 if skip else len(messages)), messages)
             if not documents and messages and block == 0:
@@ -318,7 +318,7 @@ class PackedStream(IterableDataset):
                     try:
                         row.append(self.interface.load(documents[n]))
                     except DataError as error:
-                        messages.append(f"sample {documents[n].key!r}: {error}")
+                        messages.append(str(error))
                 broken += len(messages)
                 self.check_broken(broken, messages)
                 after = {
@@ -414,7 +414,7 @@ class Loader:
             pin_memory=self.pin_memory and torch.cuda.is_available(),
         )
         for batch in loader:
-            if isinstance(batch, DataError):
+            if isinstance(batch, MetalmError):
                 raise batch
             self.handed_out += 1
             state = dict(batch.state)

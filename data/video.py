@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 from metalm.errors import ConfigError, DataError
+
+
+def import_av() -> Any:
+    """PyAV, at need; raises `ConfigError` where it is missing."""
+    try:
+        import av
+    except ImportError as error:
+        raise ConfigError("films need PyAV: pip install 'metalm[video]'") from error
+    return av
 
 
 def decode_frames(encoded: bytes, count: int) -> list:
@@ -17,11 +27,7 @@ def decode_frames(encoded: bytes, count: int) -> list:
         ConfigError: PyAV is not installed.
         DataError: the bytes are no film, or it breaks off.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise ConfigError("films need PyAV: pip install 'metalm[video]'") from error
-
+    av = import_av()
     try:
         with av.open(io.BytesIO(encoded)) as film:
             if not film.streams.video:

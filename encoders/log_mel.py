@@ -53,6 +53,14 @@ class LogMelConfig(TransformerConfig, EncoderConfig):
             raise ConfigError("relative_bias is for text: give sound sinusoidal, learned or rotary positions")
         if min(self.sample_rate, self.mels, self.channels) < 1 or not 0 < self.hop <= self.window:
             raise ConfigError("sample_rate, mels and channels must be at least 1, and the hop above 0 and at most the window")
+        if not self.hop_samples:
+            raise ConfigError(f"a hop of {self.hop} s holds no sample at sample_rate {self.sample_rate}, in samples a second")
+        if self.mels > self.fft_size // 2:
+            raise ConfigError(
+                f"mels {self.mels} are more than the {self.fft_size // 2} frequencies that the window tells apart"
+            )
+        if self.chunk_seconds <= 0:
+            raise ConfigError(f"chunk_seconds is {self.chunk_seconds}, it must be positive")
         if self.dynamic_range <= 0:
             raise ConfigError(f"dynamic_range {self.dynamic_range} is in decibels, above 0")
         needed = states_of(self.frames_of(self.chunk))
@@ -62,6 +70,11 @@ class LogMelConfig(TransformerConfig, EncoderConfig):
     @property
     def hop_samples(self) -> int:
         return round(self.hop * self.sample_rate)
+
+    @property
+    def fft_size(self) -> int:
+        """Samples of the window, up to the next power of 2."""
+        return 1 << (round(self.window * self.sample_rate) - 1).bit_length()
 
     @property
     def chunk(self) -> int:
@@ -98,8 +111,7 @@ def log_mel(wave_T: Tensor, config: LogMelConfig) -> Tensor:
     """Log-mel frames [F, M] of a wave, of mean 0 and standard deviation 1: loudness is no part of them."""
     import torchaudio
 
-    window = round(config.window * config.sample_rate)
-    size = 1 << (window - 1).bit_length()
+    window, size = round(config.window * config.sample_rate), config.fft_size
     spectrum = torch.stft(
         wave_T,
         size,

@@ -140,14 +140,14 @@ def make_speech_model(config: SpeechConfig) -> nn.Module:
 def read_speech_weights(name: str) -> dict[str, Tensor]:
     """Weights of a bundle of `torchaudio.pipelines`, which is downloaded, or of a file; without what predicts letters."""
     import torchaudio
+    from safetensors.torch import load_file
 
     if Path(name).is_file():
-        if name.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            weights = load_file(name)
-        else:
-            weights = torch.load(name, map_location="cpu", weights_only=True)
+        try:
+            weights = load_file(name) if name.endswith(".safetensors") else torch.load(name, "cpu", weights_only=True)
+        except Exception as error:  # of torch, pickle or safetensors
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"weights {name!r} cannot be loaded: no whole file of a state dict ({reason})") from error
     else:
         bundles = [bundle for bundle in dir(torchaudio.pipelines) if bundle.startswith(tuple(f.upper() for f in FAMILIES))]
         if name not in bundles:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from metalm.config import plugin
 from metalm.data.images import fit_picture
-from metalm.data.video import decode_frames
+from metalm.data.video import decode_frames, import_av
 from metalm.encoders import ENCODERS
 from metalm.encoders.base import Collated, Encoder, EncoderConfig, Processor
 from metalm.encoders.image import ImageProcessor
@@ -40,6 +40,8 @@ class VideoConfig(EncoderConfig):
     def __post_init__(self):
         if min(self.frames, self.layers, self.heads) < 1:
             raise ConfigError("frames, layers and heads must be at least 1")
+        if hasattr(self.image, "vocab_size"):
+            raise ConfigError(f"image: type {self.image.type!r} reads text, and frames are images of one size")
         for name, default in (("init_from", ""), ("trainable", "all"), ("connector", None)):
             if getattr(self.image, name) != default:
                 raise ConfigError(f"image.{name} belongs to the encoder of films itself, which has its frames read by it")
@@ -111,9 +113,9 @@ def black_film() -> bytes:
     """A film of one small black picture."""
     import io
 
-    import av
     from PIL import Image
 
+    av = import_av()
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as film:
         stream = film.add_stream("mpeg4", rate=1)

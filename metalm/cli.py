@@ -263,7 +263,7 @@ def generate(
 ) -> None:
     """Answer a prompt, about a picture, a sound or a film if there is one."""
     from metalm.data.chat import Turn
-    from metalm.errors import ConfigError, DataError
+    from metalm.errors import ConfigError, DataError, about
     from metalm.evaluation.predictor import Predictor
     from metalm.inference.generate import GenerationConfig
     from metalm.pretrained import read_model_config
@@ -284,10 +284,11 @@ def generate(
     settings = GenerationConfig(max_new_tokens, beams, temperature, top_p, length_penalty, seed)
     predictor = Predictor.load(model, settings, dtype=dtype)
     media = [(kind, path.read_bytes()) for kind, path in given]
-    interface = predictor.interface
-    segments = interface.chat([Turn("user", [*media, prompt])]) if chat else interface.prompt(media, prompt)
-    document = Document(segments, ", ".join(str(path) for _, path in given) or "prompt")
-    print(predictor([document])[0])
+    names = ", ".join(str(path) for _, path in given) or "prompt"
+    with about(names):
+        interface = predictor.interface
+        segments = interface.chat([Turn("user", [*media, prompt])]) if chat else interface.prompt(media, prompt)
+        print(predictor([Document(segments, names)])[0])
 
 
 @data_app.command("scenes")

@@ -4,6 +4,9 @@ The command line prints their text alone, without a traceback: each says what wa
 Anything else that is raised is a defect of ours and keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MetalmError(Exception):
     """Root of every error that the user can mend."""
@@ -15,6 +18,15 @@ class ConfigError(MetalmError):
 
 class DataError(MetalmError):
     """A shard, sample, image, or annotation file that cannot be used."""
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Says of a `DataError` what it is about: a sample, a file."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error) if what in str(error) else f"{what}: {error}") from error
 
 
 class CheckpointError(MetalmError):

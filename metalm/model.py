@@ -75,13 +75,13 @@ class MetaLM(PretrainedModel):
         self.config = config
         self.parts: dict[str, tuple[Tensor, int]] = {}
         self.decoder = CausalDecoder(config.decoder)
-        self.encoders = nn.ModuleDict({name: ENCODERS[c.type](c) for name, c in config.encoders.items()})
-        self.connectors = nn.ModuleDict(
-            {
-                name: CONNECTORS[c.connector.type](c.connector, self.encoders[name].width, config.decoder.width)
-                for name, c in config.encoders.items()
-            }
-        )
+        self.encoders, self.connectors = nn.ModuleDict(), nn.ModuleDict()
+        for name, c in config.encoders.items():
+            try:
+                self.encoders[name] = encoder = ENCODERS[c.type](c)
+                self.connectors[name] = CONNECTORS[c.connector.type](c.connector, encoder.width, config.decoder.width)
+            except ConfigError as error:
+                raise ConfigError(f"encoders.{name}: {error}") from error
         self.fusion = Fusion(config.fusion, config.decoder.width) if config.fusion else None
         blocks = self.decoder.transformer.blocks
         layers = [*blocks[:-1], nn.ModuleList([blocks[-1], self.decoder.transformer.norm])]

@@ -32,6 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metalm.errors import about
+
 IGNORE = -100  # a position without a target
 
 
@@ -298,9 +300,10 @@ def _span_batch(spans: list[tuple[Span, int]], processor: Any) -> SpanBatch:
 
 
 def load_spans(document: Document, processors: dict[str, Any]) -> Document:
-    """The document with the media of its spans decoded; raises `DataError` on broken media."""
+    """The document with the media of its spans decoded; raises `DataError` on broken media, which names the sample."""
 
     def loaded(segments: Sequence[Text | Span]) -> list[Text | Span]:
         return [replace(s, inputs=processors[s.encoder].load(s.inputs)) if isinstance(s, Span) else s for s in segments]
 
-    return replace(document, segments=loaded(document.segments), branches=[loaded(branch) for branch in document.branches])
+    with about(f"sample {document.key!r}"):
+        return replace(document, segments=loaded(document.segments), branches=[loaded(branch) for branch in document.branches])

@@ -36,7 +36,10 @@ def blank_image(encoded: bytes) -> bytes:
 def silence(encoded: bytes) -> bytes:
     """A silent WAV as long as the sound."""
     import numpy as np
-    import soundfile
+
+    from metalm.data.audio import import_soundfile
+
+    soundfile = import_soundfile()
 
     info = soundfile.info(io.BytesIO(encoded))
     out = io.BytesIO()

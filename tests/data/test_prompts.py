@@ -248,6 +248,18 @@ def test_a_prompt_without_room_for_an_answer_is_refused(tokenizer):
         list(vqa(model, ASKED, random.Random(0)))
 
 
+def test_broken_media_are_named_by_their_sample(tokenizer):
+    model = interface(tokenizer, "image")
+    asked = Sample("asked", b"no picture", questions=ASKED.questions)
+    query = question_query(model, asked, asked.questions[0])  # a picture of one size is not opened yet
+    with pytest.raises(DataError, match=r"^sample 'asked': not a complete picture"):
+        load_spans(Document(query, "asked"), model.processors)
+    model.processors["image"].tiles = 4
+    for read in (lambda: question_query(model, asked, asked.questions[0]), lambda: caption_query(model, asked)):
+        with pytest.raises(DataError, match=r"^sample 'asked': not a complete picture"):
+            read()
+
+
 def test_layouts_make_batches(tokenizer):
     """Every task through every kind of model, down to tensors."""
     rng = random.Random(0)

@@ -553,3 +553,14 @@ next(batches)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_model_that_cannot_read_the_data_says_so_from_a_worker_too(tmp_path, interface, workers):
+    from metalm.data.audio import encode_wav
+
+    sound = encode_wav(torch.zeros(400), 8000)
+    write_shards([Sample(f"s{n}", audio=sound, captions=["hum"]) for n in range(4)], tmp_path, samples_per_shard=2)
+    config = settings(tmp_path, train=[{"shards": str(tmp_path), "task": "captioning"}], workers=workers)
+    with pytest.raises(ConfigError, match=r"^the data hold sounds, but the model has no audio encoder$"):
+        take(loader(interface, config), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 import torch
@@ -176,6 +177,9 @@ def test_gradients_reach_every_weight():
         ({"type": "speech", "name": "wav2vec2_model", "arguments": WAV2VEC2, "layer": 4}, "has 3 layers"),
         ({"type": "speech", "name": "wav2vec2_model", "arguments": WAV2VEC2, "chunk_seconds": 0.001}, "shorter than the 40"),
         ({**MEL, "hop": 0.05}, "at most the window"),
+        ({**MEL, "sample_rate": 50, "mels": 1}, "a hop of 0.01 s holds no sample at sample_rate 50, in samples a second"),
+        ({**MEL, "mels": 2000}, "mels 2000 are more than the 128 frequencies"),
+        ({**MEL, "chunk_seconds": 0}, "chunk_seconds is 0.0, it must be positive"),
         ({**MEL, "relative_bias": True}, "relative_bias is for text"),
         ({**MEL, "positions": "learned", "max_positions": 10}, "more than max_positions"),
     ],
@@ -204,6 +208,22 @@ def test_models_that_run_once_a_length_are_refused_where_processes_would_hang(na
             check_runs(model, 3, 2)
     else:
         check_runs(model, 3, 2)
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+def test_torn_weights_are_named(tmp_path, form):
+    (tmp_path / f"torn.{form}").write_text("no weights")
+    with pytest.raises(ConfigError, match=rf"torn\.{form}' cannot be loaded: no whole file of a state dict"):
+        speech(pretrained=str(tmp_path / f"torn.{form}"))
+
+
+@torch.no_grad()
+def test_without_soundfile_it_is_said_what_to_install(monkeypatch):
+    clip, processor = hiss(4000), make(MEL).processor
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    for call in (lambda: processor.load({"audio": clip}), lambda: processor.num_states({"audio": clip}), processor.blank):
+        with pytest.raises(ConfigError, match="sounds need soundfile and libsndfile: pip install soundfile"):
+            call()
 
 
 def test_weights_of_another_shape_are_refused(tmp_path):

@@ -208,6 +208,11 @@ def test_one_name_stands_for_a_pretrained_tower():
             RESNET | {"activation_checkpointing": True},
             "'resnet10t' has batch norms: .* take each batch into their statistics twice",
         ),
+        (CLIP | {"image_size": 20}, "image_size 20 is less than a patch"),
+        (
+            {"type": "video", "image": {"type": "text", "layers": 1, "width": 8, "heads": 1}},
+            "type 'text' reads text, and frames",
+        ),
         (VIT | {"tiles": 0}, "tiles is 0"),
         (VIT | {"tiles": 2, "connector": {"type": "pixel_shuffle"}}, "pixel_shuffle reads a square of states"),
         (NAFLEX | {"connector": {"type": "convolution"}}, "convolution reads a square of states"),
@@ -280,6 +285,16 @@ def test_an_export_keeps_the_pixel_statistics_of_its_weights(tmp_path, monkeypat
     again = MetaLM.from_pretrained(tmp_path / "export").encoders["eye"]
     with torch.no_grad():
         assert torch.equal(read(again, picture(60, 50)), read(eye, picture(60, 50)))
+
+
+def test_what_does_not_fit_is_named_by_its_encoder():
+    film = {"type": "video", "image": VIT, "heads": 5}
+    for eye, message in (
+        (VIT | {"connector": {"type": "perceiver", "heads": 3}}, r"encoders\.eye: connector\.heads 3 does not divide"),
+        (film, r"encoders\.eye: width 24 is not divisible by heads 5"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            with_eye(**eye)
 
 
 @pytest.mark.parametrize(

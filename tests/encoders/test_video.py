@@ -19,6 +19,7 @@ from metalm.data.tokenizer import Tokenizer
 from metalm.data.video import decode_frames
 from metalm.data.views import View
 from metalm.encoders import ENCODERS
+from metalm.encoders.video import black_film
 from metalm.errors import ConfigError, DataError
 from metalm.model import MetaLM, MetaLMConfig
 from metalm.segments import make_batch
@@ -74,6 +75,8 @@ def test_without_pyav_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ConfigError, match=r"pip install 'metalm\[video\]'"):
         decode_frames(b"", 2)
+    with pytest.raises(ConfigError, match=r"pip install 'metalm\[video\]'"):
+        black_film()
 
 
 @pytest.mark.parametrize("values", [VIDEO, VIDEO | {"pool": "frame", "layers": 2}])
