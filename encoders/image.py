@@ -18,10 +18,10 @@ from metalm.errors import ConfigError
 @dataclass
 class ImageProcessor(Processor):
     """Decodes to the tower's input size; a picture is one row of states or, with `tiles` above 1, one for the whole and one a
-    tile where the picture is larger than the input."""
+    tile where the picture is larger than the input. `row_states` are those of a row: its patches, or what merging left."""
 
     image_size: int
-    num_patches: int
+    row_states: int
     interpolation: str
     tiles: int = 1
     reads = frozenset({"image"})
@@ -32,11 +32,11 @@ class ImageProcessor(Processor):
 
     def num_states(self, inputs: dict) -> int:
         if self.tiles == 1:
-            return self.num_patches
+            return self.row_states
         if isinstance(inputs["image"], Tensor):  # loaded
-            return self.num_patches * len(self.squares(inputs))
+            return self.row_states * len(self.squares(inputs))
         tiles = math.prod(self.grid(inputs))
-        return self.num_patches * (1 if tiles == 1 else 1 + tiles)
+        return self.row_states * (1 if tiles == 1 else 1 + tiles)
 
     def squares(self, inputs: dict) -> Tensor:
         """A loaded picture and its tiles, [1 + tiles, 3, size, size]."""
@@ -50,7 +50,7 @@ class ImageProcessor(Processor):
 
     def collate(self, loaded: list[dict]) -> Collated:
         pixels = torch.cat([self.squares(inputs) for inputs in loaded])
-        return Collated({"pixels_N3HW": pixels}, torch.arange(len(pixels) * self.num_patches))
+        return Collated({"pixels_N3HW": pixels}, torch.arange(len(pixels) * self.row_states))
 
     def blank(self) -> dict:
         return {"image": one_pixel_png()}
@@ -64,7 +64,24 @@ SQUARE = ("pixel_shuffle", "convolution")  # connectors that read a picture's st
 
 
 @dataclass(kw_only=True)
-class TowerConfig(EncoderConfig):
+class MergeConfig(EncoderConfig):
+    """`merge` tokens a layer, at most half of them, become part of others that are like them (`metalm.nn.merging`): faster
+    layers, and fewer states, which are no square of places any more. 0: none; as the published models, 8 to 16 of 196."""
+
+    merge: int = 0
+
+    def __post_init__(self):
+        if self.merge < 0:
+            raise ConfigError(f"merge is {self.merge}, it must be positive, or 0 for none")
+        if self.merge and getattr(self.connector, "type", "") in SQUARE:
+            raise ConfigError(
+                f"connector {self.connector.type} reads a square of states, of which merge: {self.merge} leaves none; take "
+                "another connector (perceiver, feedforward, …) or merge: 0"
+            )
+
+
+@dataclass(kw_only=True)
+class TowerConfig(MergeConfig):
     """What the towers of both libraries can do.
 
     Attributes:
@@ -83,6 +100,7 @@ class TowerConfig(EncoderConfig):
     activation_checkpointing: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         if self.tiles < 1:
             raise ConfigError(f"tiles is {self.tiles}, it must be at least 1")
         if self.tiles > 1 and getattr(self.connector, "type", "") in SQUARE:
@@ -106,7 +124,7 @@ class ImageTower(Encoder):
 
     def checked(self, states_NPD: Tensor) -> Tensor:
         """The states, if they are one a patch: a tower that pools them would be read at the wrong places."""
-        expected = (self.processor.num_patches, self.width)
+        expected = (self.processor.row_states, self.width)
         if states_NPD.shape[1:] != expected:
             raise ConfigError(
                 f"{self.name!r} gives states of shape {tuple(states_NPD.shape[1:])} a picture, not one for each of its "

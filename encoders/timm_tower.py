@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from metalm.encoders.base import BESIDE, layers_up_to
 from metalm.encoders.image import ImageProcessor, ImageTower, TowerConfig
 from metalm.errors import ConfigError
+from metalm.nn.merging import MergingBlocks, mean_keys, tokens_left
 from metalm.registry import did_you_mean
 
 LOCAL = "local-dir"  # timm's word for a folder, before the colon
@@ -67,6 +68,10 @@ class TimmEncoder(ImageTower):
         if self.convolutional:
             if config.layer:
                 raise ConfigError(f"layer {config.layer}: of a convolutional network, {config.name!r}, the last map is read")
+            if config.merge:
+                raise ConfigError(
+                    f"merge {config.merge}: {config.name!r} is a convolutional network and has no tokens to merge"
+                )
             self.model.head = nn.Identity()
             with torch.no_grad():
                 pixels = torch.zeros(1, 3, size, size, device="meta")
@@ -76,20 +81,22 @@ class TimmEncoder(ImageTower):
             if config.layer:
                 self.model.blocks = layers_up_to(self.model.blocks, config.layer, config.name)
                 self.model.norm = nn.Identity()
-            num_states = self.model.patch_embed.num_patches
+            num_states = tokens_left(self.model.patch_embed.num_patches, config.merge, len(self.model.blocks))
         else:
             raise ConfigError(
                 f"timm model {config.name!r} gives no patch states; take a ViT, DeiT, BEiT or EVA, or a convolutional network"
             )
-        if config.activation_checkpointing:
-            if self.batch_norms() and config.trainable not in ("none", "biases"):
-                raise ConfigError(
-                    f"timm model {config.name!r} has batch norms: run again by activation_checkpointing, they would take each "
-                    "batch into their statistics twice; go without, or take a model with other norms, a ViT or a ConvNeXt"
-                )
-            recompute(self.model, config.name)
+        if config.activation_checkpointing and self.batch_norms() and config.trainable not in ("none", "biases"):
+            raise ConfigError(
+                f"timm model {config.name!r} has batch norms: run again by activation_checkpointing, they would take each "
+                "batch into their statistics twice; go without, or take a model with other norms, a ViT or a ConvNeXt"
+            )
         self.width = self.model.num_features
         self.skip = getattr(self.model, "num_prefix_tokens", 0)
+        if config.merge:
+            self.model.blocks = merging_blocks(self.model, config, self.skip)
+        elif config.activation_checkpointing:
+            recompute(self.model, config.name)
         self.set_pixel_statistics(data["mean"], data["std"])
         self.processor = ImageProcessor(size, num_states, data["interpolation"], config.tiles)
 
@@ -126,8 +133,36 @@ class TimmEncoder(ImageTower):
     def layers(self) -> list[nn.Module]:
         if self.convolutional:
             return [self.model.get_submodule(stage["module"]) for stage in self.model.feature_info]
-        blocks = self.model.blocks
-        return [*blocks[:-1], nn.ModuleList([blocks[-1], self.model.norm])]
+        *blocks, last = self.model.blocks
+        return [*blocks, nn.ModuleList([last, self.model.norm])]
+
+
+class MergingTimmBlocks(MergingBlocks):
+    """timm's plain ViT blocks, matched by their keys."""
+
+    def attention(self, block: nn.Module, x_NSD: Tensor, bias_NS: Tensor | None) -> tuple[Tensor, Tensor]:
+        bias_N11S = None if bias_NS is None else bias_NS[:, None, None]
+        with mean_keys(block.attn.k_norm) as keys:
+            attended = block.attn(block.norm1(x_NSD), attn_mask=bias_N11S)
+        return x_NSD + block.drop_path1(block.ls1(attended)), keys[0]
+
+    def mlp(self, block: nn.Module, x_NSD: Tensor) -> Tensor:
+        return x_NSD + block.drop_path2(block.ls2(block.mlp(block.norm2(x_NSD))))
+
+
+def merging_blocks(model: nn.Module, config: TimmConfig, kept: int) -> MergingTimmBlocks:
+    """Raises `ConfigError` for models whose blocks do more than a plain ViT's: those with rotary or relative positions (EVA,
+    BEiT) tell them to every attention, and a token that stands for several patches has none."""
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    plain = getattr(type(model), "forward_features", None) is VisionTransformer.forward_features
+    if not plain or any(type(block) is not Block or type(block.attn) is not Attention for block in model.blocks):
+        raise ConfigError(
+            f"merge {config.merge}: timm model {config.name!r} has other blocks than a plain ViT's, such as with positions in "
+            "their attention; take a ViT or DeiT, or merge: 0"
+        )
+    return MergingTimmBlocks(model.blocks, config.merge, kept, config.activation_checkpointing)
 
 
 def recompute(model: nn.Module, name: str) -> None:

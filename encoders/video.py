@@ -42,6 +42,11 @@ class VideoConfig(EncoderConfig):
             raise ConfigError("frames, layers and heads must be at least 1")
         if hasattr(self.image, "vocab_size"):
             raise ConfigError(f"image: type {self.image.type!r} reads text, and frames are images of one size")
+        if getattr(self.image, "merge", 0) and self.pool == "none":
+            raise ConfigError(
+                "video.image.merge: attention over time follows each place of the picture, and merged states are of no place; "
+                "set pool: frame, or merge: 0"
+            )
         for name, default in (("init_from", ""), ("trainable", "all"), ("connector", None)):
             if getattr(self.image, name) != default:
                 raise ConfigError(f"image.{name} belongs to the encoder of films itself, which has its frames read by it")
@@ -88,7 +93,7 @@ class VideoEncoder(Encoder):
         self.width = self.image.width
         shape = TransformerConfig(config.layers, self.width, config.heads, positions="learned", max_positions=config.frames)
         self.time = Transformer(shape)
-        states = config.frames * (1 if self.pool else images.num_patches)
+        states = config.frames * (1 if self.pool else images.row_states)
         self.processor = VideoProcessor(images, config.frames, states)
 
     def forward(self, pixels_M3HW: Tensor) -> Tensor:

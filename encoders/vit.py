@@ -14,10 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metalm.encoders.base import Encoder, EncoderConfig
-from metalm.encoders.image import ImageProcessor
+from metalm.encoders.base import Encoder
+from metalm.encoders.image import ImageProcessor, MergeConfig
 from metalm.errors import ConfigError
-from metalm.nn.transformer import Transformer, TransformerConfig, init_weights
+from metalm.nn.merging import MergingBlocks, mean_keys, tokens_left
+from metalm.nn.transformer import Block, Transformer, TransformerConfig, init_weights
 
 
 @dataclass
@@ -37,7 +38,7 @@ class ImageShape:
 
 
 @dataclass(kw_only=True)
-class ViTConfig(ImageShape, TransformerConfig, EncoderConfig):
+class ViTConfig(ImageShape, TransformerConfig, MergeConfig):
     """A stack over (`image_size` / `patch_size`) squared patches, whose positions are learned."""
 
     positions: Literal["none"] = "none"  # the patches bring their own
@@ -45,6 +46,7 @@ class ViTConfig(ImageShape, TransformerConfig, EncoderConfig):
     def __post_init__(self):
         TransformerConfig.__post_init__(self)
         ImageShape.__post_init__(self)
+        MergeConfig.__post_init__(self)
         if self.relative_bias:
             raise ConfigError("relative_bias is not for patches, which lie in two dimensions")
         if self.max_positions != TransformerConfig.max_positions:
@@ -75,21 +77,41 @@ class PatchEmbedding(nn.Module):
         return self.map(self.norm(patches.to(self.map.weight.dtype) / 255)) * self.scale + self.positions.weight
 
 
+class MergingViTBlocks(MergingBlocks):
+    """Our own blocks, matched by their keys."""
+
+    def attention(self, block: Block, x_NSD: Tensor, bias_NS: Tensor | None) -> tuple[Tensor, Tensor]:
+        bias_N11S = None if bias_NS is None else bias_NS[:, None, None]
+        with mean_keys(block.attention.key_norm) as keys:
+            attended = block.attention(block.attention_norm(x_NSD), "full", None, bias_N11S)
+        return x_NSD + block.dropout(attended), keys[0]
+
+    def mlp(self, block: Block, x_NSD: Tensor) -> Tensor:
+        return x_NSD + block.dropout(block.mlp(block.mlp_norm(x_NSD)))
+
+
 class ViT(Encoder):
     Config = ViTConfig
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.width = config.width
-        self.processor = ImageProcessor(config.image_size, config.num_patches, "bicubic")
+        num_states = tokens_left(config.num_patches, config.merge, config.layers)
+        self.processor = ImageProcessor(config.image_size, num_states, "bicubic")
         self.patches = PatchEmbedding(config, config.width)
         self.patches.apply(init_weights)
         self.transformer = Transformer(config)
+        self.merges = config.merge > 0
+        if self.merges:
+            blocks = self.transformer.blocks
+            self.transformer.blocks = MergingViTBlocks(blocks, config.merge, recompute=config.activation_checkpointing)
 
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
         x_NPD = self.patches(pixels_N3HW)
+        if self.merges:
+            return self.transformer.norm(self.transformer.blocks(self.transformer.dropout(x_NPD)))
         return self.transformer(x_NPD, torch.arange(x_NPD.shape[1], device=x_NPD.device).expand(x_NPD.shape[:2]))
 
     def layers(self) -> list[nn.Module]:
-        blocks = self.transformer.blocks
-        return [*blocks[:-1], nn.ModuleList([blocks[-1], self.transformer.norm])]
+        *blocks, last = self.transformer.blocks
+        return [*blocks, nn.ModuleList([last, self.transformer.norm])]

@@ -61,7 +61,7 @@ def tokenizer() -> Tokenizer:
 def interface(tokenizer: Tokenizer, *encoders: str, max_length: int = 128, connector=None, room: int = 64) -> Interface:
     processors = {
         "fused": FusedProcessor(image_size=16, num_patches=PATCHES, max_positions=room),
-        "image": ImageProcessor(image_size=16, num_patches=PATCHES, interpolation="bicubic"),
+        "image": ImageProcessor(image_size=16, row_states=PATCHES, interpolation="bicubic"),
         "text": TextProcessor(max_positions=room),
     }
     chosen = {name: processors[name] for name in encoders}
