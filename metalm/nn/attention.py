@@ -20,6 +20,7 @@ from torch import Tensor
 
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 CHUNK_SCORES = 1 << 26  # of soft-capped attention, held at a time: 256 MiB in float32
+CHUNK = 256  # queries that the CPU reads together where a mask lets them see few of the keys
 
 
 def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -89,6 +90,19 @@ class Mask:
         return torch.zeros(self.dense.shape, dtype=torch.bfloat16, device=self.device).masked_fill(~self.dense, float("-inf"))
 
     @cached_property
+    def chunks(self) -> list[tuple[slice, slice]]:
+        """Every `CHUNK` queries in turn, with the stretch of keys that any of them sees; empty where that spares less than a
+        quarter of all pairs, as without a window or documents."""
+        if self.queries <= CHUNK:
+            return []
+        found = []
+        for start, seen_QK in zip(range(0, self.queries, CHUNK), self.dense.any(0)[0].split(CHUNK)):
+            key_S = seen_QK.any(0).nonzero()[:, 0].tolist()
+            found.append((slice(start, start + len(seen_QK)), slice(key_S[0], key_S[-1] + 1)))
+        pairs = sum((q.stop - q.start) * (k.stop - k.start) for q, k in found)
+        return found if pairs < 0.75 * self.queries * self.keys else []
+
+    @cached_property
     def block(self):
         """FlexAttention's block mask of the same predicate (queries and keys start together)."""
         from torch.nn.attention.flex_attention import create_block_mask
@@ -150,6 +164,16 @@ def attend(
             return _short_rows(q_BHQD, k_BGKD, v_BGKD, mask, dropout)
     if H != G:
         k_BGKD, v_BGKD = (x.repeat_interleave(H // G, dim=1) for x in (k_BGKD, v_BGKD))
+    if isinstance(mask, Mask) and q_BHQD.device.type == "cpu" and bias_1HQK is None and mask.chunks:
+        return torch.cat(
+            [
+                F.scaled_dot_product_attention(
+                    q_BHQD[:, :, q], k_BGKD[:, :, k], v_BGKD[:, :, k], attn_mask=mask.dense[:, :, q, k], dropout_p=dropout
+                )
+                for q, k in mask.chunks
+            ],
+            dim=2,
+        )
     attn_mask = mask.dense if isinstance(mask, Mask) else None
     is_causal = mask == "causal"
     Q, K = q_BHQD.shape[2], k_BGKD.shape[2]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 from metalm.nn import attention
-from metalm.nn.attention import KVCache, Mask, all_of, attend, causal, same_document
+from metalm.nn.attention import KVCache, Mask, all_of, attend, causal, same_document, within
 from metalm.nn.transformer import Transformer, TransformerConfig
 
 CPU = torch.device("cpu")
@@ -106,6 +106,20 @@ def test_grouped_queries_equal_repeated_heads():
     q, k, v = qkv(G=2)
     repeated = [x.repeat_interleave(2, dim=1) for x in (k, v)]
     torch.testing.assert_close(attend(q, k, v, causal_documents()), attend(q, *repeated, causal_documents()))
+
+
+def test_chunks_of_queries_read_the_keys_that_they_see_and_no_others(monkeypatch):
+    monkeypatch.setattr(attention, "CHUNK", 4)
+    q, k, v = (x.requires_grad_() for x in qkv(Q=18, K=18, G=2))
+    mask = Mask(all_of(causal, within(torch.arange(18).expand(2, 18), 3)), 2, 18, 18, CPU)
+    assert mask.chunks == [(slice(s, min(s + 4, 18)), slice(max(s - 2, 0), min(s + 4, 18))) for s in range(0, 18, 4)]
+    out, expected = attend(q, k, v, mask), brute_force(q, k, v, lambda b, i, j: 0 <= i - j < 3)
+    torch.testing.assert_close(out, expected)
+    noise = draw(*out.shape, seed=9)
+    grads, others = (torch.autograd.grad((x * noise).sum(), (q, k, v)) for x in (out, expected))
+    torch.testing.assert_close(grads, others)
+    assert Mask(lambda b, h, q, k: k >= 0, 2, 18, 18, CPU).chunks == []
+    assert Mask(causal, 2, 4, 4, CPU).chunks == []
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
