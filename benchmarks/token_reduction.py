@@ -1,12 +1,12 @@
 """What fewer tokens save: image towers that merge patches, and decoders that see a window only.
 
-    python -m benchmarks.token_reduction [--rounds 5] [--threads 1]
+    python -m benchmarks.token_reduction [towers] [decoder] [--rounds 5] [--threads 1]
 
 Images/s of timm's ViT-S/16 at 224 x 224 pixels (196 patches and a class token, random weights) by the tokens that each of its
-12 layers merges, forward alone and with the backward pass; and tokens/s of a decoder's training steps (8 layers, 512 wide, rows
-of one text of 1,024 tokens, AdamW with float32 master weights) by its window. bfloat16; all settings interleaved in one
-process, medians over rounds, in wall-clock and in processor time, which other load on the machine hardly touches (with
-`--threads 1`). Times alone: what it costs in accuracy is `python -m benchmarks.token_reduction_accuracy`.
+12 layers merges, forward alone and with the backward pass; and tokens/s of a decoder's training steps (8 layers, 512 wide, one
+row of 1,024 tokens, AdamW with float32 master weights) by its window. bfloat16; all settings interleaved in one process, medians
+over rounds, in wall-clock and in processor time, which other load on the machine hardly touches (with `--threads 1`). Times
+alone: what it costs in accuracy is `python -m benchmarks.token_reduction_accuracy`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from metalm.segments import Document, Text, make_batch
 
 MERGES = (0, 4, 8, 13, 16)
 WINDOWS = (0, 256, 128)
-PICTURES, ROWS, LENGTH, VOCABULARY = 4, 2, 1024, 8192
+PICTURES, ROWS, LENGTH, VOCABULARY = 4, 1, 1024, 8192
 
 
 def make_tower(merge: int) -> TimmEncoder:
@@ -96,11 +96,21 @@ def show(title: str, measured: dict[int, dict[str, float]], label: Callable[[int
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.token_reduction", description=__doc__.partition("\n")[0])
+    parser.add_argument("what", nargs="*", default=["towers", "decoder"], help="towers, decoder, or both")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if "towers" in arguments.what:
+        time_towers(arguments.rounds)
+    if "decoder" in arguments.what:
+        steps = {window: training_step(window) for window in WINDOWS}
+        measured = rates(steps, ROWS * LENGTH, arguments.rounds)
+        show(f"decoder, training, rows of {LENGTH}", measured, lambda window: f"window {window or 'none'}", "tokens/s")
+
+
+def time_towers(rounds: int) -> None:
     towers = {merge: make_tower(merge) for merge in MERGES}
     pixels = torch.randint(256, (PICTURES, 3, 224, 224), dtype=torch.uint8)
 
@@ -109,10 +119,7 @@ def main() -> None:
 
     for title, make in (("ViT-S/16, forward", forward), ("ViT-S/16, forward and backward", forward_and_backward)):
         steps = {merge: make(tower, pixels) for merge, tower in towers.items()}
-        show(title, rates(steps, PICTURES, arguments.rounds), merged, "images/s")
-    steps = {window: training_step(window) for window in WINDOWS}
-    measured = rates(steps, ROWS * LENGTH, arguments.rounds)
-    show(f"decoder, training, rows of {LENGTH}", measured, lambda window: f"window {window or 'none'}", "tokens/s")
+        show(title, rates(steps, PICTURES, rounds), merged, "images/s")
 
 
 if __name__ == "__main__":
