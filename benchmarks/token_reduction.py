@@ -4,9 +4,9 @@
 
 Images/s of timm's ViT-S/16 at 224 x 224 pixels (196 patches and a class token, random weights) by the tokens that each of its
 12 layers merges, forward alone and with the backward pass; and tokens/s of a decoder's training steps (8 layers, 512 wide, one
-row of 1,024 tokens, AdamW with float32 master weights) by its window. bfloat16; all settings interleaved in one process, medians
-over rounds, in wall-clock and in processor time, which other load on the machine hardly touches (with `--threads 1`). Times
-alone: what it costs in accuracy is `python -m benchmarks.token_reduction_accuracy`.
+row of 1,024 tokens, AdamW with float32 master weights) by its window. bfloat16; all settings interleaved in one process,
+medians over rounds, in wall-clock and in processor time, which other load on the machine hardly touches (with `--threads 1`).
+Times alone: what it costs in accuracy is `python -m benchmarks.token_reduction_accuracy`.
 """
 
 from __future__ import annotations
