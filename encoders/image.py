@@ -26,6 +26,10 @@ class ImageProcessor(Processor):
     tiles: int = 1
     reads = frozenset({"image"})
 
+    def __post_init__(self):
+        if self.num_patches < 1:
+            raise ConfigError(f"image_size {self.image_size} is less than a patch")
+
     def grid(self, inputs: dict) -> tuple[int, int]:
         """Rows and columns of tiles."""
         return tile_grid(*picture_size(inputs["image"], inputs.get("view")), self.image_size, self.tiles)

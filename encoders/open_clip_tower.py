@@ -60,8 +60,6 @@ class OpenClipEncoder(ImageTower):
             raise ConfigError(f"open_clip model {config.name!r} cannot be made: {error}") from error
         if not isinstance(visual, open_clip.transformer.VisionTransformer):
             raise ConfigError(f"open_clip tower {config.name!r} is no plain ViT; for timm towers use type: timm")
-        if min(visual.grid_size) < 1:
-            raise ConfigError(f"image_size {config.image_size} is less than a patch of open_clip tower {config.name!r}")
         visual.output_tokens = True
         visual.proj = None  # projects the pooled vector only, which is not used
         if config.layer:

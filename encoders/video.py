@@ -41,7 +41,7 @@ class VideoConfig(EncoderConfig):
         if min(self.frames, self.layers, self.heads) < 1:
             raise ConfigError("frames, layers and heads must be at least 1")
         if hasattr(self.image, "vocab_size"):
-            raise ConfigError(f"image: type {self.image.type!r} reads text, and frames are images of one size")
+            raise ConfigError(f"image: type {self.image.type!r} is no encoder of images of one size")
         if getattr(self.image, "merge", 0) and self.pool == "none":
             raise ConfigError(
                 "video.image.merge: attention over time follows each place of the picture, and merged states are of no place; "

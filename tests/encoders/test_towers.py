@@ -209,9 +209,10 @@ def test_one_name_stands_for_a_pretrained_tower():
             "'resnet10t' has batch norms: .* take each batch into their statistics twice",
         ),
         (CLIP | {"image_size": 20}, "image_size 20 is less than a patch"),
+        (VIT | {"image_size": 8}, "image_size 8 is less than a patch"),
         (
             {"type": "video", "image": {"type": "text", "layers": 1, "width": 8, "heads": 1}},
-            "type 'text' reads text, and frames",
+            "type 'text' is no encoder of images",
         ),
         (VIT | {"tiles": 0}, "tiles is 0"),
         (VIT | {"tiles": 2, "connector": {"type": "pixel_shuffle"}}, "pixel_shuffle reads a square of states"),
