@@ -27,7 +27,7 @@ class ImageProcessor(Processor):
     reads = frozenset({"image"})
 
     def __post_init__(self):
-        if self.num_patches < 1:
+        if self.row_states < 1:
             raise ConfigError(f"image_size {self.image_size} is less than a patch")
 
     def grid(self, inputs: dict) -> tuple[int, int]:

@@ -74,8 +74,9 @@ class CausalDecoder(nn.Module):
         position_BT: Tensor,
         mask: Mask | LayerMasks | str | Attends = "causal",
         cache: KVCache | None = None,
+        places_N: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, D]; `logits` turns those that are needed into predictions.
+        """Hidden states [B, T, D], or [N, D] of places of [B x T] alone; `logits` turns them into predictions.
 
         Args:
             mask: a mask of one's own must keep to the `window`.
@@ -83,7 +84,7 @@ class CausalDecoder(nn.Module):
         if self.config.window and mask == "causal":
             B, T = position_BT.shape
             mask = by_window(self.config.windows, lambda n: Mask(all_of(causal, within(position_BT, n)), B, T, T, x_BTD.device))
-        return self.transformer(x_BTD, position_BT, mask, cache)
+        return self.transformer(x_BTD, position_BT, mask, cache, places_N)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""

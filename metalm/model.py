@@ -119,9 +119,9 @@ class MetaLM(PretrainedModel):
         x_BTD = flat.view_as(x_BTD)
         return self.fusion(x_BTD, batch) if self.fusion else x_BTD
 
-    def hidden(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
-        """The decoder's states [B, T, D] at every position of the batch."""
-        return self.decoder(self.embed(batch), batch.position_BT, self.attention(batch), cache)
+    def hidden(self, batch: Batch, cache: KVCache | None = None, places_N: Tensor | None = None) -> Tensor:
+        """The decoder's states [B, T, D] at every position of the batch, or [N, D] at some of its [B x T] places."""
+        return self.decoder(self.embed(batch), batch.position_BT, self.attention(batch), cache, places_N)
 
     def attention(self, batch: Batch) -> Mask | LayerMasks | Attends:
         """What the batch's positions see of each other."""
@@ -141,7 +141,7 @@ class MetaLM(PretrainedModel):
 
         `parts` are the unweighted nats of each modality.
         """
-        hidden_LD = self.hidden(batch).flatten(0, 1)[batch.places_L]
+        hidden_LD = self.hidden(batch, places_N=batch.places_L)
         weight_VD, softcap = self.decoder.softmax_weight, self.config.decoder.logit_softcap
         loss, nats_L = weighted_cross_entropy(hidden_LD, weight_VD, batch.targets_L, batch.weight_L, softcap)
         self.parts = {

@@ -71,10 +71,10 @@ def read(model: MetaLM, documents: list[Document], batch_size: int) -> list[floa
     nats = [0.0] * len(documents)
     for numbers in batched(documents, batch_size):
         batch = make_batch([[documents[n]] for n in numbers], model.processors, len(documents[numbers[0]])).to(device)
-        hidden_LD = model.hidden(batch).flatten(0, 1)
+        hidden_LD = model.hidden(batch, places_N=batch.places_L)
         for row, n in enumerate(numbers):
             own = batch.places_L // batch.tokens_BT.shape[1] == row
-            states_LD, softcap = hidden_LD[batch.places_L[own]], model.config.decoder.logit_softcap
+            states_LD, softcap = hidden_LD[own], model.config.decoder.logit_softcap
             loss = linear_cross_entropy(states_LD, model.decoder.softmax_weight, batch.targets_L[own], softcap)
             nats[n] = float(loss)
     return nats

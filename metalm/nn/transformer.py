@@ -247,9 +247,22 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, mask: Mask | str | Attends, rotary=None, bias_1HQK=None, cache=None, layer=0) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask: Mask | str | Attends,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        bias_1HQK: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        places_N: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, D], or [N, D] of the `places_N` of [B x T] alone: what comes after attention is left out for the others."""
         q, k, v = self.before(x_BTD, rotary)
-        return self.after(x_BTD, self.attention.attend(q, k, v, mask, bias_1HQK, cache, layer))
+        attended_BTD = self.attention.attend(q, k, v, mask, bias_1HQK, cache, layer)
+        if places_N is not None:
+            x_BTD, attended_BTD = (x.flatten(0, 1).index_select(0, places_N) for x in (x_BTD, attended_BTD))
+        return self.after(x_BTD, attended_BTD)
 
     def before(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """What comes before attention; with `after` it is compiled where a run asks for that (`metalm.training.compiling`)."""
@@ -280,12 +293,14 @@ class Transformer(nn.Module):
         position_BT: Tensor,
         mask: Mask | LayerMasks | str | Attends = "full",
         cache: KVCache | None = None,
+        places_N: Tensor | None = None,
     ) -> Tensor:
         """States [B, T, D] from input vectors [B, T, D] and position ids int64 [B, T].
 
         Args:
             mask: one for all queries, or for those of each layer, whose relative bias is that of their columns; or another
                 way of attending, which brings its masks and its relative bias.
+            places_N: places of [B x T] whose states [N, D] alone are wanted, which spares the last layer the others.
         """
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(position_BT).to(x_BTD.dtype)
@@ -297,12 +312,14 @@ class Transformer(nn.Module):
             index_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
             bias = self.relative_bias(index_T, index_T)
         for layer, block in enumerate(self.blocks):
+            wanted_N = places_N if layer == len(self.blocks) - 1 else None
+            inputs = x_BTD, masks[layer], rotary[local[layer]], bias, cache, layer, wanted_N
             if self.config.activation_checkpointing and self.training:
-                x_BTD = checkpoint(block, x_BTD, masks[layer], rotary[local[layer]], bias, use_reentrant=False)
+                x_BTD = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, masks[layer], rotary[local[layer]], bias, cache, layer)
+                x_BTD = block(*inputs)
         if cache is not None:
-            cache.advance(x_BTD.shape[1])
+            cache.advance(position_BT.shape[1])
         return self.norm(x_BTD)
 
     def rotary(self, position_BT: Tensor, local: bool = False) -> tuple[Tensor, Tensor] | None:

@@ -186,7 +186,7 @@ class MIM(MetaLM):
         """Both cross-entropies and `beta` times the total variation, summed over the tokens, in nats; in texts with holes the
         cross-entropy of each token by its own side."""
         B, T = batch.tokens_BT.shape
-        hidden_LD = self.hidden(batch).flatten(0, 1)[batch.places_L]
+        hidden_LD = self.hidden(batch, places_N=batch.places_L)
         weight_VD = self.decoder.softmax_weight
         documents = batch.document_BT + torch.arange(B, device=batch.document_BT.device)[:, None] * (T + 1)
         branch_L, document_L = (x.flatten()[batch.places_L] for x in (batch.branch_BT, documents))

@@ -71,7 +71,7 @@ class Distillation:
         """The loss with the teacher's part, which `student.parts` is told."""
         config, count = self.config, batch.num_targets
         with torch.no_grad():
-            theirs_LE = self.teacher.to(hidden_LD.device).hidden(batch).flatten(0, 1)[batch.places_L]
+            theirs_LE = self.teacher.to(hidden_LD.device).hidden(batch, places_N=batch.places_L)
         w_L = batch.weight_L if batch.weight_L is not None else hidden_LD.new_ones(count, dtype=torch.float32)
         weights = student.decoder.softmax_weight, self.teacher.decoder.softmax_weight
         softcaps = student.config.decoder.logit_softcap, self.teacher.config.decoder.logit_softcap

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from metalm.data.prompts import Interface
 from metalm.encoders.image import one_pixel_png
 from metalm.errors import ConfigError
+from metalm.model import MetaLM
 from metalm.models import MODELS, fit_to_tokenizer, token_field
 from metalm.segments import Document, Span, Text
 from metalm.training.config import RunConfig
@@ -60,7 +61,8 @@ def flops_per_step(config: RunConfig, model: nn.Module) -> tuple[int, str]:
     batch = interface.collate([[document] * (length // len(document))] * config.data.rows, length)
     predictions = model.num_predictions(batch)
     with FlopCounterMode(display=False) as counter:
-        hidden = model.hidden(batch.to("meta"))
+        batch = batch.to("meta")
+        hidden = model.hidden(batch, places_N=batch.places_L) if isinstance(model, MetaLM) else model.hidden(batch)
         states = [hidden] if isinstance(hidden, Tensor) else [x for x in hidden if x is not None]
         sum(x.sum() for x in states).backward()
     vocabulary = next(p.vocab_size for p in vars(config.model).values() if hasattr(p, "vocab_size"))
