@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from metalm.data.views import View
 from metalm.errors import DataError
@@ -26,8 +27,8 @@ def decode_image(encoded: bytes, size: int, interpolation: str = "bicubic", view
     return fit_picture(read_picture(encoded, least), size, size, interpolation, view)
 
 
-def read_picture(encoded: bytes, least: int):
-    """An encoded picture as an upright Pillow picture in RGB.
+def read_picture(encoded: bytes, least: int) -> Tensor:
+    """An encoded picture, upright, as uint8 [3, height, width].
 
     The camera's orientation mark (EXIF) is obeyed, 16-bit greys are brought to 8 bits, transparency is dropped.
     JPEGs are decoded at the smallest scale (1/1, 1/2, 1/4, 1/8) at which both sides still have `least` pixels.
@@ -43,8 +44,13 @@ def read_picture(encoded: bytes, least: int):
         turn = _turn(image)
         if image.mode.startswith("I;16"):  # Pillow's own conversion would clip these to white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        picture = image.convert("RGB")
-        return picture if turn is None else picture.transpose(turn)
+        picture = image if image.mode == "RGB" else image.convert("RGB")
+        return pixels_of(picture if turn is None else picture.transpose(turn))
+
+
+def pixels_of(picture) -> Tensor:
+    """A Pillow picture in RGB as uint8 [3, height, width], in memory as in the picture: pixel by pixel."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def picture_size(encoded: bytes, view: View | None = None) -> tuple[float, float]:
@@ -78,18 +84,41 @@ def picture_errors() -> Iterator[None]:
         raise DataError(f"not a complete picture ({error})") from error
 
 
-def fit_picture(picture, width: int, height: int, interpolation: str = "bicubic", view: View | None = None) -> Tensor:
-    """A Pillow picture in RGB, or a `view` of it, as uint8 [3, height, width], squashed to that size."""
+def fit_picture(
+    picture_3HW: Tensor, width: int, height: int, interpolation: str = "bicubic", view: View | None = None
+) -> Tensor:
+    """A picture, or a `view` of it, in whole pixels, as uint8 [3, height, width], squashed to that size."""
+    if view is not None:
+        (top, bottom), (left, right) = (
+            _whole_pixels(start, end, side)
+            for start, end, side in zip((view.top, view.left), (view.bottom, view.right), picture_3HW.shape[1:])
+        )
+        picture_3HW = picture_3HW[:, top:bottom, left:right]
+        if view.mirrored:
+            picture_3HW = picture_3HW.flip(2)
+    if picture_3HW.shape[1:] != (height, width):
+        picture_3HW = resize(picture_3HW, width, height, interpolation)
+    return picture_3HW.contiguous()
+
+
+def resize(picture_3HW: Tensor, width: int, height: int, interpolation: str = "bicubic") -> Tensor:
+    """A picture as uint8 [3, height, width], by Pillow's antialiased filters.
+
+    PyTorch computes two of them with vector instructions, three to five times as fast: equal to one level of 255, but for
+    a few pixels next to saturated ones where a picture is enlarged.
+    """
     from PIL import Image
 
-    box = (0, 0, *picture.size)
-    if view is not None:
-        box = tuple(share * side for share, side in zip((view.left, view.top, view.right, view.bottom), 2 * picture.size))
-    if picture.size != (width, height) or box != (0, 0, width, height):
-        picture = picture.resize((width, height), getattr(Image.Resampling, interpolation.upper()), box)
-    if view is not None and view.mirrored:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).contiguous()
+    if interpolation in ("bilinear", "bicubic"):
+        return interpolate(picture_3HW[None], (height, width), mode=interpolation, antialias=True)[0]
+    picture = Image.fromarray(picture_3HW.permute(1, 2, 0).numpy())
+    return pixels_of(picture.resize((width, height), getattr(Image.Resampling, interpolation.upper())))
+
+
+def _whole_pixels(start: float, end: float, side: int) -> tuple[int, int]:
+    """The first pixel and the one after the last between two shares of a side; there is at least one."""
+    first = min(round(start * side), side - 1)
+    return first, max(round(end * side), first + 1)
 
 
 def _turn(image):

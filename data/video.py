@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from metalm.errors import ConfigError, DataError
 
 
@@ -17,8 +20,8 @@ def import_av() -> Any:
     return av
 
 
-def decode_frames(encoded: bytes, count: int) -> list:
-    """`count` frames as Pillow pictures in RGB, evenly spread from the film's beginning to its end; of a film that has fewer,
+def decode_frames(encoded: bytes, count: int) -> list[Tensor]:
+    """`count` frames as uint8 [3, height, width], evenly spread from the film's beginning to its end; of a film that has fewer,
     some come twice.
 
     The film is decoded up to the last of them.
@@ -40,7 +43,7 @@ def decode_frames(encoded: bytes, count: int) -> list:
         with av.open(io.BytesIO(encoded)) as film:
             for number, frame in enumerate(film.decode(video=0)):
                 if number in wanted:
-                    frames[number] = frame.to_image()
+                    frames[number] = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
                 if number == wanted[-1]:
                     break
     except (av.FFmpegError, EOFError) as error:

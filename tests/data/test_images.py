@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from metalm.data.images import decode_image
+from metalm.data.images import decode_image, fit_picture, pixels_of, read_picture, resize
 from metalm.data.views import View, draw_view
 from metalm.errors import DataError
 
@@ -51,6 +51,63 @@ def test_sizes_and_interpolations(interpolation):
     for size in (8, 64, 100):
         for ours, theirs in zip(corners(decode_image(encode(quadrants()), size, interpolation)), COLORS):
             assert max(abs(a - b) for a, b in zip(ours, theirs)) <= 2
+
+
+def natural(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Noise that is as rough as a photo: its amplitude falls with the frequency."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1
+    noise = np.random.default_rng(seed).standard_normal((3, height, width))
+    pixels = np.fft.irfft2(np.fft.rfft2(noise) / frequency, (height, width)).transpose(1, 2, 0)
+    return Image.fromarray((pixels / pixels.std() * 50 + 120).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("shape", [(500, 375), (640, 480), (225, 223), (150, 400), (90, 60), (224, 500), (2000, 30), (3, 2)])
+def test_resized_photos_are_those_of_pillow(shape, interpolation):
+    """To one level of 255; but for two pixels in a thousand where it is enlarged, next to saturated ones."""
+    image = natural(*shape)
+    expected = pixels_of(image.resize((224, 224), getattr(Image.Resampling, interpolation.upper()))).int()
+    difference = (resize(pixels_of(image), 224, 224, interpolation).int() - expected).abs()
+    assert difference.float().mean() < 0.3
+    assert (difference > 1).float().mean() <= (0.002 if min(shape) < 224 else 0)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("shape", [(500, 375), (225, 223), (90, 60)])
+def test_resized_noise_is_as_exact_as_pillows(shape, interpolation):
+    """White noise overshoots everywhere and is clipped between the passes: both are as far from the exact values."""
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(*shape[::-1], 3), dtype=np.uint8))
+    exact = torch.nn.functional.interpolate(pixels_of(image).double()[None], (224, 224), mode=interpolation, antialias=True)[0]
+    pillow = pixels_of(image.resize((224, 224), getattr(Image.Resampling, interpolation.upper())))
+    ours, theirs = (
+        (found - exact.clamp(0, 255)).abs() for found in (resize(pixels_of(image), 224, 224, interpolation), pillow)
+    )
+    assert ours.mean() <= 1.01 * theirs.mean() and ours.max() <= 1.01 * theirs.max() + 0.5
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_view_is_pillows_crop_of_whole_pixels(mirrored):
+    image, view = natural(500, 375), View(0.101, 0.2, 0.899, 0.95, mirrored)
+    expected = image.crop((50, 75, 450, 356)).resize((224, 224), Image.Resampling.BICUBIC)
+    if mirrored:
+        expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    out = fit_picture(pixels_of(image), 224, 224, view=view)
+    assert out.is_contiguous() and (out.int() - pixels_of(expected).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("view", [View(0.999, 0, 1, 0.001), View(0, 0.5, 0.001, 0.5005)])
+def test_a_view_holds_at_least_a_pixel(view):
+    assert fit_picture(pixels_of(natural(20, 10)), 8, 8, view=view).unique(dim=1).shape[1] == 1
+
+
+def test_jpegs_are_decoded_at_the_smallest_scale_that_suffices():
+    encoded = encode(natural(1000, 800), "JPEG", quality=95)
+    assert [tuple(read_picture(encoded, least).shape) for least in (801, 400, 224, 200, 100)] == [
+        (3, 800, 1000), (3, 400, 500), (3, 400, 500), (3, 200, 250), (3, 100, 125),
+    ]  # fmt: skip
+    full = fit_picture(pixels_of(natural(1000, 800)), 224, 224).float()
+    assert (decode_image(encoded, 224).float() - full).abs().mean() < 1.5
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (20_000, 20), (20, 20_000), (1, 300), (640, 480)])

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from metalm.config import build
 from metalm.data.prompts import Interface
@@ -140,7 +140,8 @@ def test_naflex_states_are_timms_padded_or_not():
 
     def theirs(encoded: bytes, height: int, width: int) -> Tensor:
         with Image.open(io.BytesIO(encoded)) as image:
-            pixels = torch.from_numpy(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).copy())
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        pixels = nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
         pixels = (pixels / 255 - torch.tensor(data["mean"])) / torch.tensor(data["std"])
         patches = pixels.view(height // 16, 16, width // 16, 16, 3).transpose(1, 2).reshape(1, -1, 768)
         rows, columns = torch.meshgrid(torch.arange(height // 16), torch.arange(width // 16), indexing="ij")

@@ -10,7 +10,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from metalm.config import build
 from metalm.data.prompts import Interface, captioning
@@ -44,9 +43,9 @@ def film(positions: list[int], kind: str = "mp4", codec: str = "mpeg4") -> bytes
     return out.getvalue()
 
 
-def bar(picture: Image.Image) -> int:
+def bar(picture_3HW: torch.Tensor) -> int:
     """The column where the white bar begins."""
-    return int((np.asarray(picture)[32, :, 0] > 128).argmax())
+    return int((picture_3HW[0, 32] > 128).int().argmax())
 
 
 def make(values: dict):
