@@ -25,7 +25,7 @@ import tempfile
 import time
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -81,10 +81,9 @@ def write(photos: list[bytes], texts: list[str], folder: Path) -> None:
                 writer.write({"__key__": f"{n:06d}", "jpg": photos[n % len(photos)], "txt": texts[n]})
 
 
-def metalm_batches(folder: Path, texts: list[str]) -> Iterator[int]:
+def metalm_batches(folder: Path, tokenizer: Tokenizer) -> Iterator[int]:
     """The number of samples of each batch of METALM's stream."""
     row = 2 * (PATCHES + 30)
-    tokenizer = Tokenizer.train(texts, 1000)
     processors = {"image": ImageProcessor(SIZE, PATCHES, "bicubic")}
     interface = Interface(tokenizer, processors, {"image": ConnectorConfig("linear")}, max_length=row)
     source = {"shards": str(folder), "task": "captioning"}
@@ -93,10 +92,10 @@ def metalm_batches(folder: Path, texts: list[str]) -> Iterator[int]:
         yield len(batch.spans["image"].inputs["pixels_N3HW"])
 
 
-def open_clip_batches(folder: Path, texts: list[str]) -> Iterator[int]:
+def open_clip_batches(folder: Path, tokenizer: Callable) -> Iterator[int]:
     """The same of open_clip's: its training pipeline, with its transform for squashing a picture."""
     import webdataset as wds
-    from open_clip import get_tokenizer, image_transform
+    from open_clip import image_transform
     from open_clip_train import data
 
     arguments = Namespace(
@@ -110,7 +109,6 @@ def open_clip_batches(folder: Path, texts: list[str]) -> Iterator[int]:
         workers=WORKERS,
     )
     transform = image_transform(SIZE, is_train=False, resize_mode="squash", interpolation="bicubic")
-    tokenizer = get_tokenizer("ViT-B-32")
     # Its own grouping stops at the records with which webdataset 1.0 marks the end of a shard; this is that of its evaluation.
     with patch.object(data, "tarfile_to_samples_nothrow", wds.tarfile_to_samples()):
         loader = data.get_wds_dataset(arguments, transform, is_train=True, tokenizer=tokenizer).dataloader
@@ -155,22 +153,25 @@ def decode_and_resize(photos: list[bytes], count: int, ready, results) -> None:
         if n == 8:  # warm
             ready.wait()
             start = time.perf_counter()
-        pixels_HW3 = torch.from_numpy(np.array(Image.open(io.BytesIO(encoded)).convert("RGB")))
+        pixels_HW3 = torch.from_numpy(np.array(Image.open(io.BytesIO(encoded))))
         interpolate(pixels_HW3.permute(2, 0, 1)[None], (SIZE, SIZE), mode="bicubic", antialias=True)
     results.put(time.perf_counter() - start)
 
 
 def measure(rounds: int = 5, samples: int = 768, photos: list[bytes] | None = None) -> dict[str, float]:
     """Medians over rounds: samples/s and seconds to the first batch of each side, and METALM's rate to the others'."""
+    from open_clip import get_tokenizer
+
     rng = np.random.default_rng(0)
     photos = photos or [photo(rng) for _ in range(128)]
     texts = captions(1024)
+    tokenizer, clip_tokenizer = Tokenizer.train(texts, 1000), get_tokenizer("ViT-B-32")
     taken: dict[str, list[tuple[float, float]]] = {"metalm": [], "open_clip": [], "limit": []}
     with tempfile.TemporaryDirectory() as folder:
         write(photos, texts, Path(folder))
         sides = {
-            "metalm": lambda: timed(metalm_batches(Path(folder), texts), samples),
-            "open_clip": lambda: timed(open_clip_batches(Path(folder), texts), samples),
+            "metalm": lambda: timed(metalm_batches(Path(folder), tokenizer), samples),
+            "open_clip": lambda: timed(open_clip_batches(Path(folder), clip_tokenizer), samples),
             "limit": lambda: (0.0, limit(photos, samples)),
         }
         for round_ in range(rounds):

@@ -136,14 +136,29 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def _read_files(url: str) -> Iterator[dict]:
-    """The files of a tar from front to back, as webdataset groups them."""
+    """The files of a tar from front to back, as webdataset groups them.
+
+    Of a file on disk each member is read in one piece; a pipe or a URL cannot be sought in and comes through tarfile's buffer.
+    """
     from webdataset.gopen import gopen
 
-    with tarfile.open(fileobj=gopen(url), mode="r|*", tarinfo=_StrictTarInfo) as tar:
+    opened = gopen(url)
+    mode = "r:*" if hasattr(opened, "seekable") and opened.seekable() else "r|*"
+    with tarfile.open(fileobj=opened, mode=mode, tarinfo=_StrictTarInfo) as tar:
         for info in tar:
             if info.isreg():
-                yield {"fname": info.name, "data": tar.extractfile(info).read(), "__url__": url}
+                yield {"fname": info.name, "data": _read_member(tar, info, mode), "__url__": url}
             tar.members = []  # tarfile would remember all
+
+
+def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, mode: str) -> bytes:
+    if mode == "r|*" or info.issparse():
+        return tar.extractfile(info).read()
+    tar.fileobj.seek(info.offset_data)
+    data = tar.fileobj.read(info.size)
+    if len(data) < info.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return data
 
 
 def read_members(url: str) -> Iterator[dict]:

@@ -349,7 +349,8 @@ class PackedStream(IterableDataset):
             arguments["captions"] = self.sources[i].captions
         if self.sources[i].prefix < 1:
             arguments["prefix"] = self.sources[i].prefix
-        interface = replace(self.interface, views=self.draw_views(i, f"{self.seed} {epoch} {i} {sample.key} view"))
+        views = self.draw_views(i, f"{self.seed} {epoch} {i} {sample.key} view")
+        interface = replace(self.interface, views=views) if views else self.interface
         documents = list(TASKS[self.sources[i].task](interface, sample, rng, **arguments))
         if not self.interface.layout:
             learned = "text" if self.sources[i].task == "text" else modality(sample)  # captions alone are text, too
@@ -364,11 +365,13 @@ class PackedStream(IterableDataset):
 
     def draw_views(self, i: int, seed: str) -> dict[str, View | Take]:
         """By medium, how a sample of the i-th source is seen or heard; nothing where it is as it is."""
-        source, rng = self.sources[i], random.Random(seed)
+        source = self.sources[i]
+        seen, heard = source.crop < 1 or source.mirror, source.pad or source.noise is not None or source.perturb
+        rng = random.Random(seed) if seen or heard else None
         views: dict[str, View | Take] = {}
-        if source.crop < 1 or source.mirror:
+        if seen:
             views["image"] = views["video"] = draw_view(source.crop, source.mirror, rng)
-        if source.pad or source.noise is not None or source.perturb:
+        if heard:
             views["audio"] = draw_take(source.pad, source.noise, source.perturb, rng)
         return views
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -145,6 +147,21 @@ def test_moving_a_batch_moves_every_tensor():
     tensors += [span.source, span.lengths, span.positions, *span.inputs.values()]
     assert all(tensor.is_meta for tensor in tensors)
     assert not batch.tokens_BT.is_meta and not batch.spans["fused"].source.is_meta
+
+
+@pytest.mark.parametrize("length", [64, 20_000])
+def test_a_batch_goes_to_another_process_as_it_is(length):
+    """Whether its tensors go by value or, from 64 KiB on, as shared memory; bfloat16, which NumPy lacks, included."""
+    batch = make_batch([[load_spans(figure_3d(), {"text": TEXT})]], {"text": TEXT}, length)
+    batch.spans["text"].inputs["half"] = torch.randn(length).bfloat16()
+    sent = pickle.loads(ForkingPickler.dumps(batch))
+    before, after = ({**vars(b), "spans": {n: vars(span) for n, span in b.spans.items()}} for b in (batch, sent))
+    torch.testing.assert_close(after.pop("spans"), before.pop("spans"), rtol=0, atol=0)
+    for name, value in before.items():
+        same = torch.equal(after[name], value) if isinstance(value, torch.Tensor) else after[name] == value
+        assert same and type(after[name]) is type(value), name
+    sent.tokens_BT += 1  # its own memory, and writable
+    assert torch.equal(sent.tokens_BT, batch.tokens_BT + 1) or batch.tokens_BT.is_shared()
 
 
 def test_documents_that_overflow_the_row_are_refused():

@@ -100,6 +100,34 @@ def test_a_pipe_is_read_like_a_file(tmp_path):
     assert list(read_samples(f"pipe:cat {tmp_path}/out/000000.tar")) == captioned(3)
 
 
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_a_compressed_tar_is_read_like_a_plain_one(tmp_path, mode):
+    write_shards(captioned(3), tmp_path / "out")
+    with tarfile.open(tmp_path / "out/000000.tar") as plain, tarfile.open(tmp_path / "packed.tar", mode) as packed:
+        for member in plain:
+            packed.addfile(member, plain.extractfile(member))
+    assert list(read_samples(str(tmp_path / "packed.tar"))) == captioned(3)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_all_forms_of_tars_are_read(tmp_path, form):
+    """With long names, which take a record of their own, with folders and links between the members."""
+    folder = "f" * 60 + "/" + "g" * 60
+    with tarfile.open(tmp_path / "any.tar", "w", format=form) as tar:
+        for n in range(3):
+            directory = tarfile.TarInfo(f"{folder}/{n}")
+            directory.type = tarfile.DIRTYPE
+            tar.addfile(directory)
+            for extension, data in (("jpg", encode()), ("txt", b"a red field")):
+                info = tarfile.TarInfo(f"{folder}/{n}.{extension}")
+                info.size, info.mtime = len(data), 1.5 if form == tarfile.PAX_FORMAT else 1
+                tar.addfile(info, io.BytesIO(data))
+    read = list(read_samples(str(tmp_path / "any.tar")))
+    assert [sample.key for sample in read] == [f"{folder}/{n}" for n in range(3)]
+    assert all(sample.image == encode() and sample.captions == ["a red field"] for sample in read)
+    assert list(read_samples(f"pipe:cat {tmp_path}/any.tar")) == read
+
+
 def test_no_cut_goes_unnoticed(tmp_path):
     """Wherever a tar is cut, either all samples come or an error, and never a sample that lacks a member."""
     samples = captioned(4)
