@@ -17,10 +17,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import train_step
+from benchmarks import loader, train_step
 
 OUT = Path("runs/bench/results.json")
 LLAVA = "transformers LlavaForConditionalGeneration"
+OPEN_CLIP = "open_clip_train get_wds_dataset"
+DECODING = "decoding and resizing alone"
 
 
 def training(rounds: int) -> list[dict]:
@@ -37,12 +39,25 @@ def training(rounds: int) -> list[dict]:
     return results
 
 
+def loading(rounds: int) -> list[dict]:
+    """Samples/s of the data stream against open_clip's pipeline and against its limit, and the time to the first batch."""
+    measured = loader.measure(rounds)
+    return [
+        entry("loader", measured["ratio"], "x", OPEN_CLIP, at_least=1.3),
+        entry("loader/limit", measured["share"], "x", DECODING, at_least=0.85),
+        entry("loader/first_batch", measured["first_ratio"], "x", OPEN_CLIP),
+        entry("loader/metalm", measured["metalm"], "samples/s"),
+        entry("loader/peer", measured["open_clip"], "samples/s", OPEN_CLIP),
+        entry("loader/decoding", measured["limit"], "samples/s", DECODING),
+    ]
+
+
 def entry(name: str, value: float, unit: str, peer: str = "", at_least: float | None = None) -> dict:
     return {"name": name, "value": value, "unit": unit, "peer": peer, "at_least": at_least}
 
 
 def table(results: list[dict]) -> Table:
-    out = Table(title=f"{torch.get_num_threads()} threads", caption=f"peer: {LLAVA}")
+    out = Table(title=f"{torch.get_num_threads()} threads", caption=f"peers: {LLAVA}, {OPEN_CLIP}")
     out.add_column("benchmark", no_wrap=True)
     out.add_column("value", justify="right")
     out.add_column("unit")
@@ -63,7 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    results = training(arguments.rounds)
+    results = training(arguments.rounds) + loading(arguments.rounds)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(results, indent=1))
     console = Console()

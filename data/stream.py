@@ -170,10 +170,9 @@ class Position:
 class Source:
     """The samples of one source for one reader, epoch after epoch, from a position on."""
 
-    def __init__(self, config: SourceConfig, seed: str, reader: int, readers: int, repeat: bool):
-        self.config = config
+    def __init__(self, config: SourceConfig, shards: list[str], seed: str, reader: int, readers: int, repeat: bool):
+        self.config, self.shards = config, shards
         self.seed, self.reader, self.readers, self.repeat = seed, reader, readers, repeat
-        self.shards = list_shards(config.shards)
         self.position = Position()
         self.errors: list[DataError] = []
         if len(self.shards) < readers:
@@ -228,13 +227,17 @@ class PackedStream(IterableDataset):
         for source in sources:
             check_fits(source, interface)
         self.objectives = [OBJECTIVES[s.objective.type](s.objective) if s.objective else None for s in sources]
+        self.shards = [list_shards(source.shards) for source in sources]  # once: all readers divide the same ones
         self.states: dict[int, dict] = {}  # by reader
         self.first_slot = 0
         self.make_sources(0, world * max(config.workers, 1))  # complains about too few shards before any worker starts
 
     def make_sources(self, reader: int, readers: int) -> list[Source]:
         # Seeded by number, not by path: the data may lie elsewhere when a run resumes.
-        return [Source(c, f"{self.seed} {i}", reader, readers, self.repeat) for i, c in enumerate(self.sources)]
+        return [
+            Source(config, shards, f"{self.seed} {i}", reader, readers, self.repeat)
+            for i, (config, shards) in enumerate(zip(self.sources, self.shards))
+        ]
 
     def __iter__(self) -> Iterator[Batch | MetalmError]:
         """The batches; in a worker process an error is handed over as an item, since raising would wrap it in a traceback."""
@@ -435,7 +438,7 @@ class Loader:
             "data.workers": self.workers,
             "data.block": config.block,
             "data.row_length": config.row_length,
-            "number of shards by source": [len(source.shards) for source in stream.make_sources(0, 1)],
+            "number of shards by source": [len(shards) for shards in stream.shards],
         }
 
     def state_dict(self) -> dict:

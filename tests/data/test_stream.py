@@ -112,6 +112,20 @@ def test_where_the_data_lie_does_not_matter(data, interface, tmp_path):
     assert here == there
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_that_come_later_do_not_change_who_reads_what(data, interface, tmp_path, workers):
+    """A folder is looked into once, so that readers which begin at different times divide the same shards."""
+    import shutil
+
+    shutil.copytree(data, tmp_path / "growing")
+    config = settings(tmp_path / "growing", workers=workers)
+    stream = loader(interface, config)
+    before = stream.division()
+    shutil.copy(data / "pairs/000000.tar", tmp_path / "growing/pairs/000009.tar")
+    assert contents(take(stream, 12)) == contents(take(loader(interface, settings(data, workers=workers)), 12))
+    assert stream.division() == before
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_do_not_change_what_a_reader_reads(data, interface, workers):
     """Reader r of R reads the same as a worker of one rank, or as a rank without workers."""
