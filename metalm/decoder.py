@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from metalm.errors import ConfigError
 from metalm.nn.attention import KVCache, LayerMasks, Mask, all_of, by_window, causal, soft_cap, within
 from metalm.nn.freezing import Trainable
+from metalm.nn.linear import Int8Linear, PackedLinear, Weights, replace_linear
 from metalm.nn.transformer import Attends, TextStackConfig, Transformer, init_weights
 
 
@@ -88,4 +90,25 @@ class CausalDecoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
-        return soft_cap(nn.functional.linear(hidden, self.softmax_weight), self.config.logit_softcap)
+        tied = isinstance(self.softmax, nn.Identity)
+        logits = nn.functional.linear(hidden, self.embedding.weight) if tied else self.softmax(hidden)
+        return soft_cap(logits, self.config.logit_softcap)
+
+    @torch.no_grad()
+    def prepare_for_inference(self, weights: Weights = "as they are") -> None:
+        """Lays the linear maps out for reading, for good: what is left can neither be trained nor saved.
+
+        Args:
+            weights: "int8" rounds them (`metalm.nn.linear`), and where they are tied the embeddings with them.
+        """
+        weight_VD = self.softmax_weight
+        if weights == "int8":
+            make: type[nn.Module] = Int8Linear
+        elif weight_VD.device.type == "cpu" and weight_VD.dtype == torch.bfloat16:
+            make = PackedLinear
+        else:
+            return
+        if self.config.tied:
+            self.softmax = make(weight_VD)
+            self.embedding.weight.copy_(self.softmax.weight)
+        replace_linear(self, make)

@@ -1,8 +1,7 @@
 """Text from prompts: greedy, sampling, and beam search over a key-value cache, for unequal prompts in one batch.
 
-Prompts are laid out at the right end of their rows, so all rows go on at the same place; the padding before them is a
-document of its own, which they neither see nor count in their positions. Sampling draws from a generator of its own for
-each prompt, so what comes out does not depend on the batch.
+Sampling draws from a generator of its own for each prompt, so what comes out does not depend on the batch. Rows that have
+ended leave it, and beams of a prompt hold its keys and values where they were: only their own words are reordered.
 """
 
 from __future__ import annotations
@@ -14,9 +13,11 @@ import torch
 from torch import Tensor
 
 from metalm.errors import ConfigError
+from metalm.inference.decoding import Decoding
 from metalm.model import MetaLM
-from metalm.nn.attention import KVCache, Mask, all_of, by_window, causal, same_document, within
-from metalm.segments import Document, load_spans, make_batch
+from metalm.segments import Document
+
+OPEN_ROWS = 0.75  # of a batch; where fewer still go on, they go on without the others
 
 
 @dataclass
@@ -42,48 +43,6 @@ class GenerationConfig:
             raise ConfigError("beam search does not sample: set num_beams=1 or temperature=0")
 
 
-class Decoding:
-    """A batch of prompts with its cache: `logits` after the prompts, then `step` by step.
-
-    Shapes: B rows (prompts x beams), V vocabulary.
-    """
-
-    def __init__(self, model: MetaLM, prompts: Sequence[Document], beams: int, max_new_tokens: int):
-        self.model = model
-        device = next(model.parameters()).device
-        loaded = [load_spans(prompt, model.processors) for prompt in prompts]
-        batch = make_batch([[prompt] for prompt in loaded], model.processors, pad_left=True).to(device)
-        B, T = batch.tokens_BT.shape
-        self.cache = KVCache(model.config.decoder.layers, T + max_new_tokens)
-        hidden = model.hidden(batch, self.cache)
-        self.logits_BV = model.decoder.logits(hidden[:, -1]).float()
-        new = torch.ones(B, max_new_tokens, dtype=torch.long, device=device)
-        self.document_BK = torch.cat([batch.document_BT, new], dim=1)
-        self.position_BK = torch.cat([batch.position_BT, batch.position_BT[:, -1:] + new.cumsum(1)], dim=1)
-        if beams > 1:
-            self.reorder(torch.arange(B, device=device).repeat_interleave(beams))
-
-    def reorder(self, rows: Tensor) -> None:
-        """Row b becomes old row `rows[b]`."""
-        self.cache.reorder(rows)
-        self.document_BK, self.position_BK = self.document_BK[rows], self.position_BK[rows]
-        self.logits_BV = self.logits_BV[rows]
-
-    def step(self, tokens_B: Tensor) -> None:
-        """Feeds one token a row; `logits_BV` then predicts the next."""
-        K = self.cache.length + 1
-        seen = causal, same_document(self.document_BK)
-
-        def make(window: int) -> Mask:
-            predicate = all_of(*seen, within(self.position_BK, window))
-            return Mask(predicate, len(tokens_B), 1, K, tokens_B.device, first_query=K - 1)
-
-        mask = by_window(self.model.config.decoder.windows, make)
-        x_B1D = self.model.decoder.embed(tokens_B[:, None])
-        hidden = self.model.decoder(x_B1D, self.position_BK[:, K - 1 : K], mask, self.cache)
-        self.logits_BV = self.model.decoder.logits(hidden[:, -1]).float()
-
-
 @torch.inference_mode()
 def generate(
     model: MetaLM, prompts: Sequence[Document], end: int | Collection[int], config: GenerationConfig | None = None
@@ -106,17 +65,23 @@ def generate(
     generators = [torch.Generator().manual_seed(config.seed) for _ in prompts]
     outputs: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
+    rows = list(range(len(prompts)))  # the prompts that are in the batch
     for n in range(config.max_new_tokens):
         if config.temperature > 0:
-            tokens_B = sample(decoding.logits_BV, config.temperature, config.top_p, generators)
+            tokens_B = sample(decoding.logits_BV, config.temperature, config.top_p, [generators[row] for row in rows])
         else:
             tokens_B = decoding.logits_BV.argmax(dim=-1)
-        for b, token in enumerate(tokens_B.tolist()):
-            done[b] = done[b] or token in ends
-            if not done[b]:
-                outputs[b].append(token)
-        if all(done) or n == config.max_new_tokens - 1:
+        for row, token in zip(rows, tokens_B.tolist()):
+            done[row] = done[row] or token in ends
+            if not done[row]:
+                outputs[row].append(token)
+        places = [place for place, row in enumerate(rows) if not done[row]]
+        if not places or n == config.max_new_tokens - 1:
             break
+        if len(places) < OPEN_ROWS * len(rows):
+            kept = torch.tensor(places, device=tokens_B.device)
+            decoding.keep_rows(kept)
+            tokens_B, rows = tokens_B[kept], [rows[place] for place in places]
         decoding.step(tokens_B)
     return outputs
 
@@ -167,7 +132,7 @@ def beam_search(model: MetaLM, prompts: Sequence[Document], ends: set[int], conf
         texts = new_texts
         if length == config.max_new_tokens or all(_is_done(ended[n], float(scores_NW[n, 0]), length, config) for n in range(N)):
             break
-        decoding.reorder(torch.tensor(rows, device=device))
+        decoding.reorder_beams(torch.tensor(rows, device=device))
         decoding.step(torch.tensor(tokens, device=device))
     for n in range(N):  # beams cut off by the length limit compete as they are
         for score, text in zip(scores_NW[n].tolist(), texts[n]):

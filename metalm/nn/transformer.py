@@ -225,14 +225,16 @@ class Attention(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         """What the queries find, [B, T, H W]."""
+        dtype = q.dtype
         if cache is not None:
             k, v = cache.append(layer, k, v)
+            q = q.to(k.dtype)
         dropout = self.dropout if self.training else 0.0
         if isinstance(mask, Mask | str):
             out = attend(q, k, v, mask, bias_1HQK, dropout, self.softcap)
         else:
             out = mask.attend(q, k, v, dropout, self.softcap)
-        return out.transpose(1, 2).flatten(2)
+        return out.transpose(1, 2).flatten(2).to(dtype)
 
 
 class Block(nn.Module):

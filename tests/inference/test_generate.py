@@ -68,7 +68,7 @@ def test_greedy_with_cache_in_a_batch_of_unequal_prompts_equals_one_by_one_witho
 
 @torch.inference_mode()
 def test_logits_with_cache_equal_those_without_to_rounding(model):
-    from metalm.inference.generate import Decoding
+    from metalm.inference.decoding import Decoding
 
     continuation = torch.tensor([[4, 9], [17, 2], [8, 8]])
     decoding = Decoding(model, prompts(model), 1, 3)

@@ -1,0 +1,160 @@
+"""Generation against transformers' `generate`, and ranked answers against a full pass for each: one thread, bfloat16.
+
+    python -m benchmarks.generation [--rounds 5] [--threads 1]
+
+The decoder of the 37M shape (8 layers, 512 wide, a vocabulary of 8,192): a random Llama, written by transformers and read by
+`metalm.interop`, so that both sides have the same weights. Greedy, 128 new tokens after prompts of 64. Sides take turns in one
+process; a ratio is the median over rounds of METALM's rate to the peer's in that round, in wall-clock and in processor time,
+which with one thread hardly depends on what else the machine does. `same` is the share of new tokens before the two sides part,
+1 in float32; in bfloat16 they part where two logits are nearer to each other than its rounding, and int8 rounds the weights.
+
+Ranking: four answers of 4 tokens to a question of 12 on a picture, of 64 patches. METALM reads picture and question once; the
+peers are a full pass for each answer, of METALM itself and of LLaVA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tempfile
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.peer_llava import TEXT, VISION, VOCABULARY, build_llava
+from benchmarks.train_step import IMAGE_TOKEN, PATCHES, build_metalm, compare
+from metalm.config import build
+from metalm.data.images import decode_image
+from metalm.inference.generate import GenerationConfig, generate
+from metalm.inference.rank import score_choices
+from metalm.interop.decoders import read_config
+from metalm.model import MetaLM, MetaLMConfig
+from metalm.nn.linear import Weights
+from metalm.pretrained import load_foreign
+from metalm.segments import Document, Span, Text
+
+PROMPT, NEW = 64, 128
+QUESTION, CHOICES, ANSWER = 12, 4, 4
+BATCHES = (1, 8)
+
+
+def make_llama(seed: int = 0) -> nn.Module:
+    """Random, with weights wide enough that its logits differ by more than bfloat16's rounding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **TEXT))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.08)
+    return model.eval()
+
+
+def ours_of(llama: nn.Module, dtype: torch.dtype = torch.float32, weights: Weights = "as they are") -> MetaLM:
+    """METALM with a Llama's weights, ready to generate."""
+    with tempfile.TemporaryDirectory() as folder:
+        llama.save_pretrained(folder)
+        model = MetaLM(build(MetaLMConfig, {"decoder": read_config(folder)[1]}, "benchmark")).eval()
+        load_foreign(model.decoder, folder)
+    model.to(dtype).decoder.prepare_for_inference(weights)
+    return model
+
+
+def prompts_of(rows: int) -> Tensor:
+    """Random prompts, int64 [rows, PROMPT]."""
+    return torch.randint(1, VOCABULARY, (rows, PROMPT), generator=torch.Generator().manual_seed(rows))
+
+
+def written(model: MetaLM, prompts_BT: Tensor, new: int = NEW) -> list[list[int]]:
+    documents = [Document([Text(row, target=False)]) for row in prompts_BT.tolist()]
+    return generate(model, documents, -1, GenerationConfig(new))
+
+
+def written_by_peer(llama: nn.Module, prompts_BT: Tensor, new: int = NEW) -> list[list[int]]:
+    settings = {"do_sample": False, "max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
+    out = llama.generate(prompts_BT, attention_mask=torch.ones_like(prompts_BT), **settings)
+    return out[:, prompts_BT.shape[1] :].tolist()
+
+
+def same(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """The share of tokens before the first one that differs, over all rows."""
+    alike = [next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), len(one)) for one, other in zip(ours, theirs)]
+    return sum(alike) / sum(map(len, theirs))
+
+
+def measure(rounds: int = 5) -> dict[str, dict[str, float]]:
+    """Rates in tokens/s of both sides, their ratios, and how far they write the same: by name."""
+    llama = make_llama()
+    exact = ours_of(llama)
+    results = {}
+    prompts = {rows: prompts_of(rows) for rows in BATCHES}
+    alike = {rows: same(written(exact, prompts[rows], 32), written_by_peer(llama, prompts[rows], 32)) for rows in BATCHES}
+    llama = llama.bfloat16()
+    for name, weights in (("bfloat16", "as they are"), ("int8", "int8")):
+        model = ours_of(llama, torch.bfloat16, weights)
+        for rows in BATCHES:
+            ours, peer = (lambda: written(model, prompts[rows])), (lambda: written_by_peer(llama, prompts[rows]))
+            result = {"same": same(ours(), peer()), "same_in_float32": alike[rows]}
+            results[f"{name}/batch_{rows}"] = result | compare(ours, peer, (rows * NEW, rows * NEW), rounds, 1)
+    return results | measure_ranking(rounds)
+
+
+def encode_png(picture: Tensor) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out, "PNG")
+    return out.getvalue()
+
+
+@torch.inference_mode()
+def measure_ranking(rounds: int) -> dict[str, dict[str, float]]:
+    """Ranked questions/s with a shared prefix against a full pass for each answer."""
+    torch.manual_seed(0)
+    model = build_metalm().bfloat16().eval()
+    llava = build_llava(VISION, TEXT, VOCABULARY, IMAGE_TOKEN, tied=True).bfloat16().eval()
+    side = VISION["image_size"]
+    picture = encode_png(torch.randint(256, (3, side, side), dtype=torch.uint8))
+    question, *choices = torch.randint(IMAGE_TOKEN, (QUESTION + CHOICES * ANSWER,)).split([QUESTION] + [ANSWER] * CHOICES)
+    prompt = Document([Span("image", {"image": picture}, PATCHES), Text(question.tolist(), target=False)])
+    answers = [choice.tolist() for choice in choices]
+    input_ids = torch.stack([torch.cat([torch.full((PATCHES,), IMAGE_TOKEN), question, choice]) for choice in choices])
+
+    def shared() -> list[float]:
+        return score_choices(model, [prompt], [answers])[0]
+
+    def full() -> list[float]:
+        return [scores[0] for scores in score_choices(model, [prompt] * CHOICES, [[answer] for answer in answers])]
+
+    def peer() -> list[float]:
+        pixels = (decode_image(picture, side) / 127.5 - 1).bfloat16().expand(CHOICES, -1, -1, -1)
+        logits = llava(input_ids=input_ids, pixel_values=pixels, logits_to_keep=ANSWER + 1).logits[:, :-1]
+        return logits.float().log_softmax(-1).gather(-1, input_ids[:, -ANSWER:, None]).sum((1, 2)).tolist()
+
+    model.decoder.prepare_for_inference()
+    difference = max(abs(a - b) for a, b in zip(shared(), full()))
+    passes: dict[str, Callable[[], object]] = {"full_passes": full, "llava": peer}
+    return {
+        f"ranking/{name}": compare(shared, other, (1, 1), rounds, 10) | {"difference": difference}
+        for name, other in passes.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.generation", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="of both sides; 0: torch's default")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    for name, result in measure(arguments.rounds).items():
+        rest = "  ".join(f"{key} {result[key]:.3g}" for key in ("same", "same_in_float32", "difference") if key in result)
+        print(
+            f"{name:22s} {result['ratio']:5.2f} x ({result['cpu_ratio']:.2f} in processor time)  "
+            f"METALM {result['metalm']:6.1f}/s  peer {result['peer']:6.1f}/s  {rest}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
