@@ -14,6 +14,7 @@ from torch import Tensor
 
 from metalm.errors import ConfigError
 from metalm.inference.decoding import Decoding
+from metalm.inference.speculative import speculate
 from metalm.model import MetaLM
 from metalm.segments import Document
 
@@ -24,7 +25,8 @@ OPEN_ROWS = 0.75  # of a batch; where fewer still go on, they go on without the 
 class GenerationConfig:
     """`num_beams` > 1 searches, `temperature` > 0 samples (within the nucleus of mass `top_p`), else greedy.
 
-    A beam's score is its log-probability divided by length ** `length_penalty`.
+    A beam's score is its log-probability divided by length ** `length_penalty`. `guesses` are the tokens that a draft guesses at
+    a time, where there is one (`metalm.inference.speculative`).
     """
 
     max_new_tokens: int = 32
@@ -33,10 +35,11 @@ class GenerationConfig:
     top_p: float = 1.0
     length_penalty: float = 1.0
     seed: int = 0
+    guesses: int = 4
 
     def __post_init__(self):
-        if self.max_new_tokens < 1 or self.num_beams < 1:
-            raise ConfigError("max_new_tokens and num_beams must be at least 1")
+        if self.max_new_tokens < 1 or self.num_beams < 1 or self.guesses < 1:
+            raise ConfigError("max_new_tokens, num_beams and guesses must be at least 1")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ConfigError("temperature must not be negative and top_p must be in (0, 1]")
         if self.num_beams > 1 and self.temperature > 0:
@@ -45,13 +48,18 @@ class GenerationConfig:
 
 @torch.inference_mode()
 def generate(
-    model: MetaLM, prompts: Sequence[Document], end: int | Collection[int], config: GenerationConfig | None = None
+    model: MetaLM,
+    prompts: Sequence[Document],
+    end: int | Collection[int],
+    config: GenerationConfig | None = None,
+    draft: MetaLM | None = None,
 ) -> list[list[int]]:
     """New tokens of each prompt, without the end token.
 
     Args:
         prompts: documents to continue; see `metalm.data.prompts.Interface`.
         end: the token that ends a turn, or several that do.
+        draft: guesses what the model is to write greedily: the same text, sooner.
     """
     config = config or GenerationConfig()
     ends = {end} if isinstance(end, int) else set(end)
@@ -59,6 +67,10 @@ def generate(
         raise ConfigError("an empty prompt cannot be continued: give it an image or a text")
     if not prompts:
         return []
+    if draft is not None and (config.num_beams > 1 or config.temperature > 0):
+        raise ConfigError("a draft is for greedy text: set num_beams=1 and temperature=0, or leave it out")
+    if draft is not None:
+        return speculate(model, draft, prompts, ends, config.max_new_tokens, config.guesses)
     if config.num_beams > 1:
         return beam_search(model, prompts, ends, config)
     decoding = Decoding(model, prompts, 1, config.max_new_tokens)

@@ -6,44 +6,21 @@ import itertools
 
 import pytest
 import torch
+from tiny_models import tiny_model, unequal_prompts
 
-from metalm.config import build
 from metalm.data.prompts import Interface
 from metalm.errors import ConfigError
+from metalm.inference.decoding import Decoding
 from metalm.inference.generate import GenerationConfig, generate
-from metalm.model import MetaLM, MetaLMConfig
+from metalm.model import MetaLM
 from metalm.segments import Document, Text, load_spans, make_batch
 
 END = 0
 
 
-def tiny_model(vocab_size: int, **decoder) -> MetaLM:
-    torch.manual_seed(0)
-    text = {"type": "text", "layers": 1, "width": 16, "heads": 2, "vocab_size": vocab_size, "connector": {"type": "linear"}}
-    values = {
-        "decoder": {"layers": 2, "width": 32, "heads": 4, "vocab_size": vocab_size, **decoder},
-        "encoders": {"text": text},
-    }
-    model = MetaLM(build(MetaLMConfig, values, "test")).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # far from uniform predictions
-            parameter.mul_(2).add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
 @pytest.fixture(scope="module", params=["sinusoidal", "rotary"])
 def model(request) -> MetaLM:
     return tiny_model(30, positions=request.param, kv_heads=2)
-
-
-def prompts(model: MetaLM) -> list[Document]:
-    """Unequal prompts: text alone, a span alone, both."""
-    interface = Interface(None, model.processors, {"text": model.config.encoders["text"].connector}, 64)
-    return [
-        Document([Text([5, 6, 7, 8, 9, 10, 11], target=False)]),
-        Document([interface.read_tokens([3, 4])]),
-        Document([Text([1], target=False), interface.read_tokens([12, 13, 14]), Text([2], target=False)]),
-    ]
 
 
 def greedy_without_cache(model: MetaLM, prompt: Document, length: int) -> list[int]:
@@ -61,20 +38,18 @@ def greedy_without_cache(model: MetaLM, prompt: Document, length: int) -> list[i
 
 @torch.inference_mode()
 def test_greedy_with_cache_in_a_batch_of_unequal_prompts_equals_one_by_one_without(model):
-    expected = [greedy_without_cache(model, prompt, 12) for prompt in prompts(model)]
-    assert generate(model, prompts(model), END, GenerationConfig(12)) == expected
+    expected = [greedy_without_cache(model, prompt, 12) for prompt in unequal_prompts(model)]
+    assert generate(model, unequal_prompts(model), END, GenerationConfig(12)) == expected
     assert len({tuple(tokens) for tokens in expected}) == 3
 
 
 @torch.inference_mode()
 def test_logits_with_cache_equal_those_without_to_rounding(model):
-    from metalm.inference.decoding import Decoding
-
     continuation = torch.tensor([[4, 9], [17, 2], [8, 8]])
-    decoding = Decoding(model, prompts(model), 1, 3)
+    decoding = Decoding(model, unequal_prompts(model), 1, 3)
     for t, tokens_B in enumerate(continuation.T):
         decoding.step(tokens_B)
-        for b, prompt in enumerate(prompts(model)):
+        for b, prompt in enumerate(unequal_prompts(model)):
             document = load_spans(Document([*prompt.segments, Text(continuation[b, : t + 1].tolist())]), model.processors)
             hidden = model.hidden(make_batch([[document]], model.processors))
             logits = model.decoder.logits(hidden[0, -1]).float()
@@ -83,16 +58,18 @@ def test_logits_with_cache_equal_those_without_to_rounding(model):
 
 def test_sampling_depends_on_the_seed_but_not_on_the_batch(model):
     config = GenerationConfig(10, temperature=1.0, top_p=0.9, seed=7)
-    together = generate(model, prompts(model), END, config)
-    alone = [generate(model, [prompt], END, config)[0] for prompt in prompts(model)]
+    together = generate(model, unequal_prompts(model), END, config)
+    alone = [generate(model, [prompt], END, config)[0] for prompt in unequal_prompts(model)]
     assert together == alone
-    other = generate(model, prompts(model), END, GenerationConfig(10, temperature=1.0, top_p=0.9, seed=8))
+    other = generate(model, unequal_prompts(model), END, GenerationConfig(10, temperature=1.0, top_p=0.9, seed=8))
     assert together != other
 
 
 def test_sampling_from_a_tiny_nucleus_is_greedy(model):
     config = GenerationConfig(8, temperature=1.0, top_p=1e-6)
-    assert generate(model, prompts(model), END, config) == generate(model, prompts(model), END, GenerationConfig(8))
+    assert generate(model, unequal_prompts(model), END, config) == generate(
+        model, unequal_prompts(model), END, GenerationConfig(8)
+    )
 
 
 def score(model: MetaLM, prompt: Document, tokens: list[int]) -> float:
@@ -126,8 +103,8 @@ def prompts_small(model: MetaLM) -> list[Document]:
 
 def test_one_beam_more_or_less_does_not_depend_on_the_batch(model):
     config = GenerationConfig(10, num_beams=3)
-    together = generate(model, prompts(model), END, config)
-    assert together == [generate(model, [prompt], END, config)[0] for prompt in prompts(model)]
+    together = generate(model, unequal_prompts(model), END, config)
+    assert together == [generate(model, [prompt], END, config)[0] for prompt in unequal_prompts(model)]
 
 
 def test_settings_that_cannot_work_are_refused(model):
@@ -135,3 +112,28 @@ def test_settings_that_cannot_work_are_refused(model):
         GenerationConfig(num_beams=2, temperature=1.0)
     with pytest.raises(ConfigError, match="empty prompt"):
         generate(model, [Document([])], END)
+
+
+@torch.inference_mode()
+def test_rows_that_have_ended_leave_the_batch_and_change_nothing(model):
+    """A token that the rows write at different times ends them."""
+    texts = generate(model, unequal_prompts(model), -1, GenerationConfig(20))
+    for end in {token for text in texts for token in text}:
+        for config in (GenerationConfig(20), GenerationConfig(20, temperature=1.0, seed=3)):
+            together = generate(model, unequal_prompts(model) * 2, end, config)
+            assert together == [generate(model, [prompt], end, config)[0] for prompt in unequal_prompts(model)] * 2
+
+
+@torch.inference_mode()
+def test_in_bfloat16_a_cache_in_float32_gives_what_none_gives(model):
+    """Packed weights and a float32 cache: logits to bfloat16's rounding."""
+    rounded = tiny_model(30, positions=model.config.decoder.positions, kv_heads=2).bfloat16()
+    rounded.decoder.prepare_for_inference()
+    decoding = Decoding(rounded, unequal_prompts(rounded), 1, 3)
+    for t in range(3):
+        decoding.step(torch.tensor([4, 17, 8]))
+        assert decoding.cache.keys[0].dtype == torch.float32
+        for b, prompt in enumerate(unequal_prompts(model)):
+            document = load_spans(Document([*prompt.segments, Text([[4, 17, 8][b]] * (t + 1))]), model.processors)
+            logits = model.decoder.logits(model.hidden(make_batch([[document]], model.processors))[0, -1])
+            assert (decoding.logits_BV[b] - logits).abs().mean() < 0.05 * logits.abs().mean()
