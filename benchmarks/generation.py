@@ -5,8 +5,12 @@
 The decoder of the 37M shape (8 layers, 512 wide, a vocabulary of 8,192): a random Llama, written by transformers and read by
 `metalm.interop`, so that both sides have the same weights. Greedy, 128 new tokens after prompts of 64. Sides take turns in one
 process; a ratio is the median over rounds of METALM's rate to the peer's in that round, in wall-clock and in processor time,
-which with one thread hardly depends on what else the machine does. `same` is the share of new tokens before the two sides part,
-1 in float32; in bfloat16 they part where two logits are nearer to each other than its rounding, and int8 rounds the weights.
+which with one thread hardly depends on what else the machine does. In float32 both write the same (`same_in_float32`, the share
+of new tokens before they part). In bfloat16 they part where two logits are nearer to each other than its rounding: `agreement`
+is the share of the peer's tokens that METALM would write in their place.
+
+Drafts: one layer, 256 wide, guesses 4 tokens at a time for one prompt. Random models cannot agree, so the guesses are replaced
+by the model's own text, a share of it made wrong; the draft's passes are made all the same.
 
 Ranking: four answers of 4 tokens to a question of 12 on a picture, of 64 patches. METALM reads picture and question once; the
 peers are a full pass for each answer, of METALM itself and of LLaVA.
@@ -18,6 +22,7 @@ import argparse
 import io
 import tempfile
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from PIL import Image
@@ -27,8 +32,10 @@ from benchmarks.peer_llava import TEXT, VISION, VOCABULARY, build_llava
 from benchmarks.train_step import IMAGE_TOKEN, PATCHES, build_metalm, compare
 from metalm.config import build
 from metalm.data.images import decode_image
+from metalm.inference.decoding import Decoding
 from metalm.inference.generate import GenerationConfig, generate
 from metalm.inference.rank import score_choices
+from metalm.inference.speculative import Speculation
 from metalm.interop.decoders import read_config
 from metalm.model import MetaLM, MetaLMConfig
 from metalm.nn.linear import Weights
@@ -38,14 +45,15 @@ from metalm.segments import Document, Span, Text
 PROMPT, NEW = 64, 128
 QUESTION, CHOICES, ANSWER = 12, 4, 4
 BATCHES = (1, 8)
+GUESSES, AGREED = 4, (0.6, 0.8)
 
 
-def make_llama(seed: int = 0) -> nn.Module:
+def make_llama(shape: dict | None = None, seed: int = 0) -> nn.Module:
     """Random, with weights wide enough that its logits differ by more than bfloat16's rounding."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **TEXT))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **(shape or TEXT)))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.08)
@@ -84,21 +92,78 @@ def same(ours: list[list[int]], theirs: list[list[int]]) -> float:
     return sum(alike) / sum(map(len, theirs))
 
 
+@torch.inference_mode()
+def agreement(model: MetaLM, prompts_BT: Tensor, theirs: list[list[int]]) -> float:
+    """The share of the peer's tokens that METALM would write after the peer's tokens before them, by its cache."""
+    written_BN = torch.tensor(theirs)
+    decoding = Decoding(model, [Document([Text(row)]) for row in prompts_BT.tolist()], 1, written_BN.shape[1])
+    agreed = 0
+    for tokens_B in written_BN.T:
+        agreed += int((decoding.logits_BV.argmax(-1) == tokens_B).sum())
+        decoding.step(tokens_B)
+    return agreed / written_BN.numel()
+
+
 def measure(rounds: int = 5) -> dict[str, dict[str, float]]:
     """Rates in tokens/s of both sides, their ratios, and how far they write the same: by name."""
     llama = make_llama()
     exact = ours_of(llama)
-    results = {}
     prompts = {rows: prompts_of(rows) for rows in BATCHES}
     alike = {rows: same(written(exact, prompts[rows], 32), written_by_peer(llama, prompts[rows], 32)) for rows in BATCHES}
     llama = llama.bfloat16()
+    theirs = {rows: written_by_peer(llama, prompts[rows]) for rows in BATCHES}
+    results = {}
     for name, weights in (("bfloat16", "as they are"), ("int8", "int8")):
         model = ours_of(llama, torch.bfloat16, weights)
         for rows in BATCHES:
-            ours, peer = (lambda: written(model, prompts[rows])), (lambda: written_by_peer(llama, prompts[rows]))
-            result = {"same": same(ours(), peer()), "same_in_float32": alike[rows]}
-            results[f"{name}/batch_{rows}"] = result | compare(ours, peer, (rows * NEW, rows * NEW), rounds, 1)
-    return results | measure_ranking(rounds)
+            ours, peer = partial(written, model, prompts[rows]), partial(written_by_peer, llama, prompts[rows])
+            found = {"agreement": agreement(model, prompts[rows], theirs[rows])}
+            if name == "bfloat16":
+                found["same_in_float32"] = alike[rows]
+            results[f"{name}/batch_{rows}"] = found | compare(ours, peer, (rows * NEW, rows * NEW), rounds, 1)
+    return results | measure_drafts(llama, rounds) | measure_ranking(rounds)
+
+
+class Recited(Speculation):
+    """Speculation whose draft guesses what the model is going to say, save that a share of the guesses is wrong; at the draft's
+    own cost."""
+
+    text: list[int]
+    agreed: float
+    random: torch.Generator
+
+    def guess(self) -> Tensor:
+        super().guess()
+        start = self.model.cache.length - PROMPT + 1
+        wrong = torch.rand(self.guesses, generator=self.random) >= self.agreed
+        return (torch.tensor([self.text[start : start + self.guesses]]) + wrong) % VOCABULARY
+
+
+def measure_drafts(llama: nn.Module, rounds: int) -> dict[str, dict[str, float]]:
+    """One prompt with a draft of one layer, 256 wide, of whose guesses a share is right."""
+    small = TEXT | {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 688}
+    results = {}
+    prompt_1T = prompts_of(1)
+    for name, weights in (("bfloat16", "as they are"), ("int8", "int8")):
+        model = ours_of(llama, torch.bfloat16, weights)
+        draft = ours_of(make_llama(small).bfloat16(), torch.bfloat16, weights)
+        text = written(model, prompt_1T, NEW + GUESSES + 1)[0]
+        for agreed in AGREED:
+            ours, peer = partial(recite, model, draft, prompt_1T, text, agreed), partial(written_by_peer, llama, prompt_1T)
+            found = {"same": same([recite(model, draft, prompt_1T, text, agreed)], [text[:NEW]])}
+            results[f"draft/{name}/{agreed:.0%}"] = found | compare(ours, peer, (NEW, NEW), rounds, 1)
+    return results
+
+
+@torch.inference_mode()
+def recite(model: MetaLM, draft: MetaLM, prompt_1T: Tensor, text: list[int], agreed: float) -> list[int]:
+    """The model's text, with a share of the draft's guesses right."""
+    speculation = Recited(model, draft, [Document([Text(prompt_1T[0].tolist())])], NEW, GUESSES)
+    speculation.text, speculation.agreed, speculation.random = text, agreed, torch.Generator().manual_seed(0)
+    tokens = speculation.tokens_BT[0].tolist()
+    while len(tokens) < NEW:
+        tokens += speculation.go_on([0])[0].tolist()
+    return tokens[:NEW]
 
 
 def encode_png(picture: Tensor) -> bytes:
@@ -148,7 +213,9 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     for name, result in measure(arguments.rounds).items():
-        rest = "  ".join(f"{key} {result[key]:.3g}" for key in ("same", "same_in_float32", "difference") if key in result)
+        rest = "  ".join(
+            f"{key} {result[key]:.3g}" for key in ("agreement", "same_in_float32", "same", "difference") if key in result
+        )
         print(
             f"{name:22s} {result['ratio']:5.2f} x ({result['cpu_ratio']:.2f} in processor time)  "
             f"METALM {result['metalm']:6.1f}/s  peer {result['peer']:6.1f}/s  {rest}",

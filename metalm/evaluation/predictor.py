@@ -11,8 +11,8 @@ from rich.progress import track
 
 from metalm.data.chat import answer_ends
 from metalm.data.prompts import Interface
-from metalm.errors import ConfigError
 from metalm.data.tokenizer import Tokenizer
+from metalm.errors import ConfigError
 from metalm.inference.generate import GenerationConfig, batched, generate
 from metalm.inference.rank import score_choices
 from metalm.inference.speculative import first_layers

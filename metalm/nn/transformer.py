@@ -115,7 +115,23 @@ class TextStackConfig(TransformerConfig):
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
-    return (nn.RMSNorm if config.norm == "rms" else nn.LayerNorm)(config.width, eps=config.norm_eps)
+    return (RMSNorm if config.norm == "rms" else nn.LayerNorm)(config.width, eps=config.norm_eps)
+
+
+def make_dropout(config: TransformerConfig) -> nn.Module:
+    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, which on CPU is eight kernels; without gradients it is one, since the layer norm of [x, -x], whose mean is 0, is
+    [x, -x] / rms(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or torch.is_grad_enabled():
+            return super().forward(x)
+        (D,) = self.normalized_shape
+        mirrored = F.layer_norm(torch.cat([x, -x], dim=-1), (2 * D,), eps=self.eps)
+        return mirrored[..., :D] * self.weight
 
 
 gelu_tanh = partial(F.gelu, approximate="tanh")
@@ -173,7 +189,7 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads
-        self.head_width = config.head_width
+        self.head_width, self.qk_norm = config.head_width, config.qk_norm
         self.dropout, self.softcap = config.dropout, config.attention_softcap
         self.query_scale = (self.head_width / (config.scale_width or self.head_width)) ** 0.5
         bias = config.bias if config.qkv_bias is None else config.qkv_bias
@@ -206,12 +222,15 @@ class Attention(nn.Module):
         """Queries [B, H, T, W], keys and values [B, G, T, W], turned by their positions."""
         B, T, _ = x_BTD.shape
         qkv = self.qkv(x_BTD).view(B, T, -1, self.head_width).transpose(1, 2)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        q, k = self.query_norm(q), self.key_norm(k)
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        if self.qk_norm:
+            q, k = qk.split([self.heads, self.kv_heads], dim=1)
+            qk = torch.cat([self.query_norm(q), self.key_norm(k)], dim=1)
+        if rotary is not None:
+            qk = rotate(qk, *rotary)
+        q, k = qk.split([self.heads, self.kv_heads], dim=1)
         if self.query_scale != 1:  # `attend` divides by the root of the head's width
             q = q * self.query_scale
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
         return q, k, v
 
     def attend(
@@ -247,7 +266,7 @@ class Block(nn.Module):
         self.attention_post_norm, self.mlp_post_norm = (
             make_norm(config) if config.post_norm else nn.Identity() for _ in range(2)
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
 
     def forward(
         self,
@@ -283,7 +302,7 @@ class Transformer(nn.Module):
         self.config = config
         self.positions = make_positions(config)
         self.relative_bias = RelativeBias(config.heads) if config.relative_bias else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = make_norm(config)
         self.apply(init_weights)
