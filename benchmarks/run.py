@@ -17,12 +17,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import loader, train_step
+from benchmarks import generation, loader, train_step
 
 OUT = Path("runs/bench/results.json")
 LLAVA = "transformers LlavaForConditionalGeneration"
 OPEN_CLIP = "open_clip_train get_wds_dataset"
 DECODING = "decoding and resizing alone"
+GENERATE = "transformers generate, Llama"
 
 
 def training(rounds: int) -> list[dict]:
@@ -52,12 +53,29 @@ def loading(rounds: int) -> list[dict]:
     ]
 
 
+def generating(rounds: int) -> list[dict]:
+    """Tokens/s of greedy text against transformers' `generate`, and ranked answers against a full pass for each."""
+    bars = {"bfloat16/batch_1": 1.8, "bfloat16/batch_8": 2.0, "int8/batch_1": 2.5, "draft/int8/80%": 2.5}
+    bars |= {"ranking/full_passes": 2.5, "ranking/llava": 2.5}
+    results = []
+    for name, result in generation.measure(rounds).items():
+        unit, peer = ("questions/s", LLAVA) if name.startswith("ranking") else ("tokens/s", GENERATE)
+        peer = "METALM, a pass for each answer" if name == "ranking/full_passes" else peer
+        results += [
+            entry(f"generation/{name}", result["ratio"], "x", peer, at_least=bars.get(name)),
+            entry(f"generation/{name}/processor_time", result["cpu_ratio"], "x", peer),
+            entry(f"generation/{name}/metalm", result["metalm"], unit),
+            entry(f"generation/{name}/peer", result["peer"], unit, peer),
+        ]
+    return results
+
+
 def entry(name: str, value: float, unit: str, peer: str = "", at_least: float | None = None) -> dict:
     return {"name": name, "value": value, "unit": unit, "peer": peer, "at_least": at_least}
 
 
 def table(results: list[dict]) -> Table:
-    out = Table(title=f"{torch.get_num_threads()} threads", caption=f"peers: {LLAVA}, {OPEN_CLIP}")
+    out = Table(title=f"{torch.get_num_threads()} threads", caption=f"peers: {LLAVA}; {GENERATE}; {OPEN_CLIP}")
     out.add_column("benchmark", no_wrap=True)
     out.add_column("value", justify="right")
     out.add_column("unit")
@@ -78,7 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    results = training(arguments.rounds) + loading(arguments.rounds)
+    results = training(arguments.rounds) + generating(arguments.rounds) + loading(arguments.rounds)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(results, indent=1))
     console = Console()

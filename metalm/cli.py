@@ -119,7 +119,7 @@ def evaluate(
     if task == "perplexity":
         from metalm.evaluation.perplexity import evaluate_perplexity
 
-        report_result(evaluate_perplexity(model, data, batch_size=batch_size, limit=limit), out)
+        report_result(evaluate_perplexity(model, data, batch_size=batch_size, limit=limit, dtype=dtype), out)
         return
     if task == "classification":
         from metalm.evaluation.classification import evaluate_classification

@@ -13,33 +13,33 @@ import torch
 
 from metalm.data.prompts import Interface, text
 from metalm.data.shards import read_samples
-from metalm.errors import ConfigError, DataError
+from metalm.errors import DataError
+from metalm.evaluation.predictor import load_decoding
 from metalm.evaluation.result import Prediction, Result
 from metalm.inference.generate import batched
 from metalm.model import MetaLM
 from metalm.nn.losses import linear_cross_entropy
 from metalm.objectives import OBJECTIVES
 from metalm.objectives.base import ObjectiveConfig
-from metalm.pretrained import load_pretrained
 from metalm.segments import Document, make_batch
 
 
-def evaluate_perplexity(name: str, data: str, length: int = 0, batch_size: int = 64, limit: int = 0) -> Result:
+def evaluate_perplexity(
+    name: str, data: str, length: int = 0, batch_size: int = 64, limit: int = 0, dtype: str = "float32"
+) -> Result:
     """Reads every text of the shards.
 
     Args:
         name: an export, a run, or a Hub id.
         length: tokens of a piece; 0 takes the decoder's `max_positions`.
         limit: stop after so many samples; 0 takes all.
+        dtype: float32, bfloat16, or int8, the decoder's weights rounded to it.
 
     Raises:
         ConfigError: the model has no decoder.
         DataError: there is no text.
     """
-    model, tokenizer = load_pretrained(name)
-    if not isinstance(model, MetaLM):
-        raise ConfigError(f"{name} holds the model {model.config.type!r}, which does not read from left to right")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_decoding(name, dtype, "cuda" if torch.cuda.is_available() else "cpu")
     samples = [sample for number, sample in enumerate(read_samples(data)) if not limit or number < limit]
     interface = Interface(tokenizer, {}, {}, length or model.config.decoder.max_positions)
     causal = OBJECTIVES["causal"](ObjectiveConfig("causal"))
@@ -61,7 +61,7 @@ def evaluate_perplexity(name: str, data: str, length: int = 0, batch_size: int =
     mean = sum(nats) / sum(tokens)
     num_bytes = sum(len(row.references[0].encode()) for row in rows)
     metrics = {"nats_per_token": mean, "perplexity": math.exp(mean), "bits_per_byte": sum(nats) / math.log(2) / num_bytes}
-    return Result("perplexity", metrics, name, data, {"length": interface.max_length, "limit": limit}, rows)
+    return Result("perplexity", metrics, name, data, {"length": interface.max_length, "limit": limit, "dtype": dtype}, rows)
 
 
 @torch.inference_mode()

@@ -25,8 +25,8 @@ OPEN_ROWS = 0.75  # of a batch; where fewer still go on, they go on without the 
 class GenerationConfig:
     """`num_beams` > 1 searches, `temperature` > 0 samples (within the nucleus of mass `top_p`), else greedy.
 
-    A beam's score is its log-probability divided by length ** `length_penalty`. `guesses` are the tokens that a draft guesses at
-    a time, where there is one (`metalm.inference.speculative`).
+    A beam's score is its log-probability divided by length ** `length_penalty`. `guesses` are the tokens that a draft guesses
+    at a time, where there is one (`metalm.inference.speculative`).
     """
 
     max_new_tokens: int = 32

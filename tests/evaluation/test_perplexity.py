@@ -81,7 +81,7 @@ def test_as_a_verb_it_does_not_depend_on_the_batch_size(shards, tmp_path):
 
 
 def test_what_is_refused(shards, tmp_path):
-    with pytest.raises(ConfigError, match="'pmlm', which does not read from left to right"):
+    with pytest.raises(ConfigError, match="'pmlm', which has no decoder to answer with"):
         evaluate_perplexity(str(run(tmp_path, "pmlm", shards)), shards)
     with pytest.raises(DataError, match="no text"):
         evaluate_perplexity(str(run(tmp_path, "causal", shards)), shards, limit=-1)
