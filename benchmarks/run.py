@@ -1,6 +1,6 @@
 """All benchmarks: a table of ratios against peers measured in the same run, and `runs/bench/results.json`.
 
-    python -m benchmarks.run [--rounds 5]           # or `make bench`
+    python -m benchmarks.run [--rounds 5] [--only training footprint generating loading]     # or `make bench`
 
 results.json is a list of {name, value, unit, peer, at_least}: `value` is METALM's figure over the peer's where the unit is
 "x", and `at_least` the bar it should reach (null: none). A ratio below its bar is marked, and is no failure of the run:
@@ -11,32 +11,59 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import generation, loader, train_step
+from benchmarks import engine_cost, generation, loader, memory, mfu, train_step
+from metalm.training.config import load_run_config
 
 OUT = Path("runs/bench/results.json")
 LLAVA = "transformers LlavaForConditionalGeneration"
 OPEN_CLIP = "open_clip_train get_wds_dataset"
 DECODING = "decoding and resizing alone"
 GENERATE = "transformers generate, Llama"
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def training(rounds: int) -> list[dict]:
-    """Training positions/s against LLaVA: a fixed batch, and captions as they come."""
-    measured = train_step.measure(rounds)
+    """Training positions/s against LLaVA, a fixed batch and captions as they come, plain and with `training.compile`; the share
+    of the matrix rate that a run of the demo's pretraining reaches; what the engine costs."""
+    bars = {"fixed": 1.6, "captions": 2.2}
     results = []
-    for name, result in measured.items():
-        results += [
-            entry(f"train_step/{name}", result["ratio"], "x", LLAVA, at_least=1.0),
-            entry(f"train_step/{name}/processor_time", result["cpu_ratio"], "x", LLAVA),
-            entry(f"train_step/{name}/metalm", result["metalm"], "positions/s"),
-            entry(f"train_step/{name}/peer", result["peer"], "positions/s", LLAVA),
-        ]
+    for compiled in (False, True):
+        for name, result in train_step.measure(rounds, compiled=compiled).items():
+            label = f"train_step/{name}" + "/compiled" * compiled
+            results += [
+                entry(label, result["ratio"], "x", LLAVA, at_least=bars[name]),
+                entry(f"{label}/processor_time", result["cpu_ratio"], "x", LLAVA),
+                entry(f"{label}/metalm", result["metalm"], "positions/s"),
+                entry(f"{label}/peer", result["peer"], "positions/s", LLAVA),
+            ]
+    step = mfu.measure(load_run_config(CONFIGS / "demo/pretrain.yaml"), rounds, steps=1)
+    results.append(entry("mfu", step["flops"] / step["seconds"] / step["rate"], "x", "a large matrix product", at_least=0.35))
+    engine = engine_cost.measure(rounds)
+    results.append(entry("engine", 1 / engine["ratio"], "x", "the same step without DeepSpeed", at_least=1 / 1.08))
+    return results
+
+
+def footprint(rounds: int) -> list[dict]:
+    """How often METALM's share goes into the peer's: the loss's memory, and the time to start against what people wait for."""
+    results = [entry("loss_memory", 1 / memory.measure()["ratio"], "x less", "dense logits", at_least=1 / 0.3)]
+    for name, command, wait in (("help", ["-m", "metalm", "--help"], 0.3), ("import", ["-c", "import metalm"], 1.5)):
+        taken = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+            taken.append(time.perf_counter() - start)
+        results.append(entry(f"startup/{name}", wait / median(taken), "x", f"{wait} s", at_least=1.0))
     return results
 
 
@@ -81,22 +108,31 @@ def table(results: list[dict]) -> Table:
     out.add_column("unit")
     out.add_column("at least")
     for result in results:
-        value = f"{result['value']:,.2f}" if result["unit"] == "x" else f"{result['value']:,.0f}"
+        value = f"{result['value']:,.2f}" if result["unit"].startswith("x") else f"{result['value']:,.0f}"
         bar = result["at_least"]
         verdict = "" if bar is None else f"{bar:.2f} " + ("[green]reached" if result["value"] >= bar else "[red]below")
         out.add_row(result["name"], value, result["unit"], verdict)
     return out
 
 
+GROUPS: dict[str, Callable[[int], list[dict]]] = {
+    "training": training,
+    "footprint": footprint,
+    "generating": generating,
+    "loading": loading,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="of both sides; 0: torch's default")
+    parser.add_argument("--only", nargs="*", choices=list(GROUPS), help="groups of benchmarks; all")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    results = training(arguments.rounds) + generating(arguments.rounds) + loading(arguments.rounds)
+    results = [result for name in arguments.only or GROUPS for result in GROUPS[name](arguments.rounds)]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(results, indent=1))
     console = Console()
