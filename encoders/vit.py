@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from metalm.encoders.base import Encoder
 from metalm.encoders.image import ImageProcessor, MergeConfig
 from metalm.errors import ConfigError
-from metalm.nn.merging import MergingBlocks, mean_keys, tokens_left
+from metalm.nn.merging import MergingBlocks, tokens_left
 from metalm.nn.transformer import Block, Transformer, TransformerConfig, init_weights
 
 
@@ -82,9 +82,9 @@ class MergingViTBlocks(MergingBlocks):
 
     def attention(self, block: Block, x_NSD: Tensor, bias_NS: Tensor | None) -> tuple[Tensor, Tensor]:
         bias_N11S = None if bias_NS is None else bias_NS[:, None, None]
-        with mean_keys(block.attention.key_norm) as keys:
-            attended = block.attention(block.attention_norm(x_NSD), "full", None, bias_N11S)
-        return x_NSD + block.dropout(attended), keys[0]
+        q, k, v = block.before(x_NSD, None)
+        attended = block.attention.out(block.attention.attend(q, k, v, "full", bias_N11S))
+        return x_NSD + block.dropout(attended), k.detach().mean(1)
 
     def mlp(self, block: Block, x_NSD: Tensor) -> Tensor:
         return x_NSD + block.dropout(block.mlp(block.mlp_norm(x_NSD)))
