@@ -3,11 +3,12 @@
     python -m benchmarks.train_step [--rounds 5] [--steps 1] [--threads 1] [--compile]
 
 `fixed`: 16 documents of 64 patches + 64 text tokens for both, one a row of 128. `captions`: 64 patches and a caption with the
-lengths of Flickr8k; the peer pads 32 pairs to the longest, METALM packs as many into 20 rows of 160 as its data stream would, two
-a row, whose attention is cheap; useful positions count, padding does not. Forward, backward, and the same AdamW on float32 master weights for both; data are in memory. The ratio is the median over rounds of METALM's rate to
-the peer's in that round, so that whatever else runs on the machine hits both. `cpu_ratio` is the same in processor time: with
-`--threads 1` it hardly depends on the other load at all (more threads wait for each other in a loop that counts as work).
-`--compile` is METALM as `training.compile` runs it; the peer stays as its `Trainer` runs it by default.
+lengths of Flickr8k; the peer pads 32 pairs to the longest, METALM packs as many into 20 rows of 160 as its data stream would,
+two a row, whose attention is cheap; useful positions count, padding does not. Forward, backward, and the same AdamW on
+float32 master weights for both; data are in memory. The ratio is the median over rounds of METALM's rate to the peer's in
+that round, so that whatever else runs on the machine hits both. `cpu_ratio` is the same in processor time: with `--threads 1`
+it hardly depends on the other load at all (more threads wait for each other in a loop that counts as work). `--compile` is
+METALM as `training.compile` runs it; the peer stays as its `Trainer` runs it by default.
 """
 
 from __future__ import annotations
