@@ -55,6 +55,7 @@ class ShardContent:
     image_bytes: list[int] = field(default_factory=list)
     sound_seconds: list[float] = field(default_factory=list)
     films: int = 0
+    states: int = 0  # media of which there are stored ones
     caption_words: list[int] = field(default_factory=list)
     problems: list[Finding] = field(default_factory=list)
     oddities: list[Finding] = field(default_factory=list)
@@ -92,6 +93,7 @@ class CheckReport:
     images: int
     sounds: int
     films: int
+    stored_states: int
     captions: int
     texts: int
     questions: int
@@ -117,6 +119,8 @@ class CheckReport:
         table = Table(title="shards", show_header=False)
         for name in ("shards", "samples", "images", "sounds", "films", "captions", "texts", "questions"):
             table.add_row(name, f"{getattr(self, name):,}")
+        if self.stored_states:
+            table.add_row("media with stored states", f"{self.stored_states:,}")
         for name in ("image_width", "image_height", "image_bytes", "sound_seconds", "caption_words"):
             if getattr(self, name):
                 table.add_row(f"{name.replace('_', ' ')}, min / median / max", str(getattr(self, name)))
@@ -162,6 +166,7 @@ def check_shards(spec: str | list[str], ranks: int = 1, workers: int = 1) -> Che
         images=len(image_bytes),
         sounds=len(seconds),
         films=sum(content.films for content in contents),
+        stored_states=sum(content.states for content in contents),
         captions=len(words),
         texts=sum(content.texts for content in contents),
         questions=sum(content.questions for content in contents),
@@ -216,7 +221,8 @@ def _check_sample(sample: Sample, content: ShardContent) -> None:
     for question in sample.questions:
         if not question.answers and not question.soft_answers:
             oddity(f"question {question.id!r} has no answer: it can be asked, but not be trained on or scored")
-    for kind, data in sample.media:
+    content.states += sum(map(len, sample.states.values()))
+    for kind, data in [(kind, data) for kind, found in sample.encoded.items() for data in found]:
         try:
             if kind == "image":
                 content.image_bytes.append(len(data))

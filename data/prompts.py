@@ -18,6 +18,7 @@ from typing import Any
 
 from metalm.data.chat import Turn, encode_turns
 from metalm.data.sample import Media, Question, Sample
+from metalm.data.states import States
 from metalm.data.takes import Take
 from metalm.data.tokenizer import Tokenizer
 from metalm.data.views import View
@@ -48,6 +49,7 @@ class Interface:
         layout: the model's own way of laying out texts, if it has one.
         fusion: whether spans side by side are fused: then what follows a picture changes it, and cannot branch off from it.
         views: by medium, how a sample is seen or heard this time.
+        fingerprints: of the encoders that stay as they are, by name: what they made of a sample earlier stands for it.
     """
 
     tokenizer: Tokenizer
@@ -57,6 +59,7 @@ class Interface:
     layout: TextLayout | None = None
     fusion: bool = False
     views: dict[str, View | Take] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         def find(*reads: str) -> str | None:
@@ -83,10 +86,33 @@ class Interface:
 
     def span(self, encoder: str, inputs: dict, first_target: int = IGNORE) -> Span:
         view = next((view for kind, view in self.views.items() if kind in inputs), None)
-        if view:
-            inputs = {**inputs, "view": view}
-        num_states = self.processors[encoder].num_states(inputs)
+        stored = next((data for data in inputs.values() if isinstance(data, States)), None)
+        if stored:
+            self.check_states(encoder, stored, view)
+            inputs, num_states = {"states": stored}, len(stored)
+        else:
+            inputs = {**inputs, "view": view} if view else inputs
+            num_states = self.processors[encoder].num_states(inputs)
         return Span(encoder, inputs, self.connectors[encoder].num_vectors(num_states) if num_states else 0, first_target)
+
+    def check_states(self, encoder: str, stored: States, view: View | Take | None) -> None:
+        """Raises `ConfigError` where stored states are not what the encoder would make of the sample now."""
+        remedy = "name the shards that these were encoded from"
+        if encoder not in self.fingerprints:
+            raise ConfigError(
+                f"the shards hold stored states, and the encoder {encoder!r} would soon make others: it trains, or has another "
+                f"one as its teacher; set model.encoders.{encoder}.trainable=none or take another teacher, or {remedy}"
+            )
+        if stored.encoder != self.fingerprints[encoder]:
+            raise ConfigError(
+                f"the shards hold states of an encoder {stored.encoder}, and this model's {encoder!r} is "
+                f"{self.fingerprints[encoder]}: encode them anew by `metalm data encode` with this model, or {remedy}"
+            )
+        if view:
+            raise ConfigError(
+                f"the shards hold stored states for the encoder {encoder!r}, made of media as they are: leave crop, mirror, "
+                f"pad, noise and perturb out of the source, or {remedy}"
+            )
 
     def read_tokens(self, tokens: list[int], first_target: int = IGNORE) -> Span:
         """A span of text, read by the text encoder or the fused one."""

@@ -5,6 +5,7 @@ In a shard (a tar file) the members that share a name up to the first dot make o
     000042.jpg | .png   the picture, never re-encoded; .1.jpg, .2.jpg, … are more of them
     000042.wav | .flac | .ogg | .mp3   the sound
     000042.mp4 | .webm | .mkv | .avi | .mov   the film
+    000042.image.safetensors | .audio. | .video.   what a frozen encoder makes of these (`metalm.data.states`)
     000042.json         {"captions": ["a dog runs", …]} and/or {"text": "…"} and/or
                         {"questions": [{"id": "7", "question": "what runs?", "answers": ["dog"], "type": "what"}]}
                         and/or {"text": "New York", "tags": ["B-place", "I-place"]}
@@ -19,14 +20,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from metalm.errors import DataError
+from metalm.data.states import SUFFIX, States, pack_states, unpack_states
+from metalm.errors import DataError, about
 
 EXTENSIONS = {
     "image": ("jpg", "jpeg", "png", "webp"),
     "audio": ("wav", "flac", "ogg", "mp3"),
     "video": ("mp4", "webm", "mkv", "avi", "mov"),
 }
-Media = Sequence[tuple[str, bytes]]  # each with its kind: image, audio or video
+Media = Sequence[tuple[str, bytes | States]]  # each with its kind, image, audio or video; states stand for the medium
 
 
 @dataclass
@@ -51,7 +53,8 @@ class Question:
 class Sample:
     """One record: encoded media (or none), captions, a text, questions; `key` names it in errors and results.
 
-    `tags` are those of the text's words, as white space parts them.
+    `tags` are those of the text's words, as white space parts them; `states`, by kind, those of a frozen encoder for each of
+    the media, which may themselves be left out then.
     """
 
     key: str
@@ -63,13 +66,18 @@ class Sample:
     more_images: list[bytes] = field(default_factory=list)
     audio: bytes | None = None
     video: bytes | None = None
+    states: dict[str, list[States]] = field(default_factory=dict)
+
+    @property
+    def encoded(self) -> dict[str, list[bytes]]:
+        """The encoded media themselves, by kind."""
+        media = {"image": [self.image, *self.more_images], "audio": [self.audio], "video": [self.video]}
+        return {kind: [data for data in found if data is not None] for kind, found in media.items()}
 
     @property
     def media(self) -> Media:
-        """What the sample shows and lets hear, images first."""
-        media = [("image", image) for image in (self.image, *self.more_images)]
-        media += [("audio", self.audio), ("video", self.video)]
-        return [(kind, data) for kind, data in media if data is not None]
+        """What the sample shows and lets hear, images first; states where it brings them."""
+        return [(kind, data) for kind, found in self.encoded.items() for data in self.states.get(kind, found)]
 
 
 def sample_to_members(sample: Sample) -> dict:
@@ -89,7 +97,9 @@ def sample_to_members(sample: Sample) -> dict:
             if extension_of(data) not in EXTENSIONS[kind]:
                 raise DataError(f"sample {sample.key!r}: its {kind} is of no known format ({', '.join(EXTENSIONS[kind])})")
             members[extension_of(data)] = data
-    media = ("image", "more_images", "audio", "video")
+    for kind, states in sample.states.items():
+        members[kind + SUFFIX] = pack_states([one.tensor() for one in states], states[0].encoder)
+    media = ("image", "more_images", "audio", "video", "states")
     record = {name: value for name, value in vars(sample).items() if name not in ("key", *media) and value}
     if sample.questions:
         record["questions"] = [{k: v for k, v in asdict(q).items() if v or k == "question"} for q in sample.questions]
@@ -106,7 +116,9 @@ def sample_from_members(members: dict) -> Sample:
     key = members["__key__"]
     extensions = {name.lower(): value for name, value in members.items() if not name.startswith("__")}
     media = {kind: next((extensions[e] for e in names if e in extensions), None) for kind, names in EXTENSIONS.items()}
-    has_media = any(data is not None for data in media.values())
+    with about(f"sample {key!r}"):
+        states = {kind: unpack_states(extensions[kind + SUFFIX]) for kind in EXTENSIONS if kind + SUFFIX in extensions}
+    has_media = bool(states) or any(data is not None for data in media.values())
     try:
         record = json.loads(extensions["json"]) if "json" in extensions else {}
         if "txt" in extensions:
@@ -122,10 +134,16 @@ def sample_from_members(members: dict) -> Sample:
             text=_string(record.get("text", "")),
             questions=[_question(**q) for q in record.get("questions", [])],
             tags=_strings(record.get("tags", [])),
+            states=states,
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"sample {key!r}: unreadable annotation ({type(error).__name__}: {error})") from error
     _require_content(sample)
+    for kind, found in sample.states.items():
+        if len(found) != len(sample.encoded[kind] or found):
+            raise DataError(
+                f"sample {key!r}: stored states of {len(found)} media ({kind}), and {len(sample.encoded[kind])} are there"
+            )
     return sample
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from metalm.config import plugin
 from metalm.connectors import CONNECTORS
 from metalm.errors import ConfigError
-from metalm.nn.freezing import Trainable
+from metalm.nn.freezing import Trainable, is_frozen
 from metalm.nn.packing import pack
 
 BESIDE = "./"  # before the name of a folder that lies beside an export's config.json
@@ -107,6 +107,10 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def layers(self) -> list[nn.Module]:
         """The blocks from input to output, for freezing all but the last n; the final norm counts as the last."""
+
+    def train(self, mode: bool = True) -> Encoder:
+        """As any module's; but a frozen encoder goes on as in evaluation, without dropout and by the statistics it has."""
+        return super().train(mode and not is_frozen(self))
 
     def save_files(self, folder: Path, plain: dict) -> None:
         """Writes what it takes to make the encoder again, beside its configuration and weights: nothing, for most.

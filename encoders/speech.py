@@ -100,10 +100,6 @@ class SpeechEncoder(Encoder):
             states_RSD = states_RSD.index_copy(0, rows.nonzero()[:, 0], padded)
         return states_RSD
 
-    def train(self, mode: bool = True) -> SpeechEncoder:
-        """As any module's; but a frozen model goes on without dropout."""
-        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
-
     def states(self, audio_RF: Tensor, length_R: Tensor | None) -> Tensor:
         return self.model(audio_RF, length_R)[0]
 

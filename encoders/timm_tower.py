@@ -116,7 +116,7 @@ class TimmEncoder(ImageTower):
         return [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
 
     def train(self, mode: bool = True) -> TimmEncoder:
-        """As any module's; but frozen batch norms go on normalising by what they have learned."""
+        """As any encoder's; where some layers train, frozen batch norms go on normalising by what they have learned."""
         super().train(mode)
         for norm in self.batch_norms():
             if not norm.weight.requires_grad:

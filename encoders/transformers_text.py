@@ -107,10 +107,6 @@ class TransformersEncoder(Encoder):
             return self.model(inputs_embeds=self.model.get_input_embeddings()(tokens_RS)).last_hidden_state
         return self.model(input_ids=tokens_RS, attention_mask=mask_RS).last_hidden_state
 
-    def train(self, mode: bool = True) -> TransformersEncoder:
-        """As any module's; but a frozen model goes on without dropout."""
-        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
-
     def layers(self) -> list[nn.Module]:
         return list(self.model.encoder.layer)
 

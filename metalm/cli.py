@@ -397,6 +397,24 @@ def data_check(
         raise typer.Exit(1)
 
 
+@data_app.command("encode")
+def data_encode(
+    model: Annotated[str, typer.Option(help="A run, an export, a Hugging Face Hub id, or a run's .yaml.")],
+    encoder: Annotated[str, typer.Option(help="Its encoder of images, sounds or films, by name.")],
+    data: Shards,
+    out: Out,
+    dtype: Annotated[str, typer.Option(help="Computed and kept in bfloat16 (half the size), or in float32.")] = "bfloat16",
+    drop_media: Annotated[bool, typer.Option("--drop-media", help="Keep the states alone, not what they are of.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Media that the encoder reads at a time.")] = 32,
+    max_broken: Annotated[int, typer.Option(help="So many samples with broken media are left out before it stops.")] = 100,
+) -> None:
+    """Shards with the states that a frozen encoder makes of their media: training on them skips it. Goes on if stopped."""
+    from metalm.encode import encode_shards
+
+    index = encode_shards(model, encoder, data, out, dtype, drop_media, batch_size, max_broken)
+    print(f"{out}: {index['num_samples']:,} samples in {len(index['shards'])} shards")
+
+
 def main() -> None:
     """The console script: what the person can mend is said in a sentence, without a traceback."""
     try:

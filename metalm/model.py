@@ -21,8 +21,9 @@ from metalm.errors import ConfigError
 from metalm.fusion import Fusion, FusionConfig
 from metalm.hub import PretrainedModel
 from metalm.nn.attention import KVCache, LayerMasks, Mask, all_of, by_window, causal, same_branch, same_document, within
-from metalm.nn.freezing import set_trainable
+from metalm.nn.freezing import is_frozen, set_trainable
 from metalm.nn.losses import weighted_cross_entropy
+from metalm.nn.partitions import is_partitioned
 from metalm.nn.transformer import Attends
 from metalm.objectives.base import TextLayout
 from metalm.segments import Batch, SpanBatch
@@ -94,9 +95,25 @@ class MetaLM(PretrainedModel):
         """The host side of each encoder, for `make_batch` and the data workers."""
         return {name: encoder.processor for name, encoder in self.encoders.items()}
 
+    def states(self, name: str, span: SpanBatch) -> Tensor:
+        """One encoder's states [K, width]: stored ones, then those that it makes, in all of which `span.source` has its places.
+
+        A frozen encoder leaves nothing to a backward pass, and does not run where it has nothing to read; but under ZeRO-3 it
+        does, on a blank, for all processes must gather its weights together.
+        """
+        encoder, inputs = self.encoders[name], span.inputs
+        if not inputs and is_partitioned(encoder):
+            blank = encoder.processor.load(encoder.processor.blank())
+            inputs = {key: x.to(span.source.device) for key, x in encoder.processor.collate([blank]).inputs.items()}
+        states = [] if span.stored is None else [span.stored.to(self.decoder.embedding.weight.dtype)]
+        if inputs:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(encoder)):
+                states.append(encoder(**inputs).flatten(0, 1))
+        return states[0] if len(states) == 1 else torch.cat(states)
+
     def dock(self, name: str, span: SpanBatch) -> Tensor:
         """The decoder input vectors [M, D] of one encoder's spans."""
-        states = self.encoders[name](**span.inputs).flatten(0, 1)
+        states = self.states(name, span)
         connector = self.connectors[name]
         if connector.pointwise:
             return connector(states[span.source])

@@ -52,6 +52,8 @@ class Text:
 class Span:
     """What the encoder called `encoder` reads: `inputs` for its processor, `length` decoder positions.
 
+    `{"states": …}` in place of such inputs are what it made of them earlier (`metalm.data.states`): it need not read again.
+
     `first_target` is the token that the position before the span predicts: the span's first token where the span is part
     of the text itself, `IGNORE` for an image or an instruction.
     """
@@ -93,8 +95,9 @@ class SpanBatch:
     """The spans that one encoder reads in a batch.
 
     Attributes:
-        inputs: keyword arguments of the encoder.
-        source: int64 [S], flat places of the spans' states in the encoder's output, span after span.
+        inputs: keyword arguments of the encoder; none where all states are stored.
+        stored: float [K, D], stored states of the spans that bring them, span after span; None where none does.
+        source: int64 [S], flat places of the spans' states, span after span: K stored ones are before the encoder's output.
         lengths: int64 [N], states of each span; they sum to S.
         max_length: the largest of them.
         positions: int64 [M], flat places in [B * T] that the connector's vectors fill; empty for a blank span, which runs
@@ -103,6 +106,7 @@ class SpanBatch:
     """
 
     inputs: dict[str, Tensor]
+    stored: Tensor | None
     source: Tensor
     lengths: Tensor
     max_length: int
@@ -314,19 +318,40 @@ def _weights_and_modalities(documents: list[Document], count_D: Tensor) -> dict[
 
 def _span_batch(spans: list[tuple[Span, int]], processor: Any) -> SpanBatch:
     inputs = [span.inputs for span, _ in spans] or [processor.load(processor.blank())]
-    collated = processor.collate(inputs)
-    lengths = [processor.num_states(one) for one in inputs]
+    lengths = [len(one["states"]) if "states" in one else processor.num_states(one) for one in inputs]
+    collated, stored, source = _collate(inputs, lengths, processor)
     places = [np.arange(start, start + len(span)) for span, start in spans]
     positions = torch.from_numpy(np.concatenate(places)) if places else torch.zeros(0, dtype=torch.long)
     vectors = torch.tensor([len(span) for span, _ in spans] or [0])
-    return SpanBatch(collated.inputs, collated.source, torch.tensor(lengths), max(lengths), positions, vectors)
+    return SpanBatch(collated, stored, source, torch.tensor(lengths), max(lengths), positions, vectors)
+
+
+def _collate(inputs: list[dict], lengths: list[int], processor: Any) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
+    """The first three fields of a `SpanBatch`, from the loaded inputs of each span and its number of states."""
+    stored = [one["states"] for one in inputs if "states" in one]
+    read = [one for one in inputs if "states" not in one]
+    if not stored:
+        collated = processor.collate(read)
+        return collated.inputs, None, collated.source
+    states = torch.cat(stored)
+    if not read:
+        return {}, states, torch.arange(len(states))
+    collated = processor.collate(read)
+    of_stored = iter(torch.arange(len(states)).split([len(one) for one in stored]))
+    of_read = iter((collated.source + len(states)).split([n for n, one in zip(lengths, inputs) if "states" not in one]))
+    source = torch.cat([next(of_stored if "states" in one else of_read) for one in inputs])
+    return collated.inputs, states, source
 
 
 def load_spans(document: Document, processors: dict[str, Any]) -> Document:
     """The document with the media of its spans decoded; raises `DataError` on broken media, which names the sample."""
 
+    def load(span: Span) -> Span:
+        stored = span.inputs.get("states")
+        return replace(span, inputs={"states": stored.tensor()} if stored else processors[span.encoder].load(span.inputs))
+
     def loaded(segments: Sequence[Text | Span]) -> list[Text | Span]:
-        return [replace(s, inputs=processors[s.encoder].load(s.inputs)) if isinstance(s, Span) else s for s in segments]
+        return [load(segment) if isinstance(segment, Span) else segment for segment in segments]
 
     with about(f"sample {document.key!r}"):
         return replace(document, segments=loaded(document.segments), branches=[loaded(branch) for branch in document.branches])

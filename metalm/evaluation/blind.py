@@ -13,13 +13,18 @@ def blank(sample: Sample) -> Sample:
     """The sample with even grey pictures and silent sounds of the same sizes.
 
     Raises:
-        ConfigError: it has a film.
+        ConfigError: it has a film, or states of an encoder alone.
     """
+    if any(not sample.encoded[kind] for kind in sample.states):
+        raise ConfigError(
+            f"sample {sample.key!r}: blind evaluation blanks media, and here are stored states alone; name the shards that "
+            "they were encoded from"
+        )
     if sample.video is not None:
         raise ConfigError(f"sample {sample.key!r}: blind evaluation is for pictures and sounds, and this one has a film")
     image = sample.image and blank_image(sample.image)
     more = [blank_image(image) for image in sample.more_images]
-    return replace(sample, image=image, more_images=more, audio=sample.audio and silence(sample.audio))
+    return replace(sample, image=image, more_images=more, audio=sample.audio and silence(sample.audio), states={})
 
 
 def blank_image(encoded: bytes) -> bytes:

@@ -13,6 +13,7 @@ from metalm.data.chat import answer_ends
 from metalm.data.prompts import Interface
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError
+from metalm.fingerprint import fingerprints
 from metalm.inference.generate import GenerationConfig, batched, generate
 from metalm.inference.rank import score_choices
 from metalm.inference.speculative import first_layers
@@ -60,6 +61,7 @@ class Predictor:
         if draft:
             guesser = first_layers(model, int(draft)) if draft.isdecimal() else load_decoding(draft, dtype, device)[0]
         interface = Interface.of(model, tokenizer, model.config.decoder.max_positions)
+        interface.fingerprints = fingerprints(model)
         return cls(model, interface, generation, batch_size, guesser)
 
     def __call__(self, prompts: Sequence[Document], what: str = "") -> list[str]:

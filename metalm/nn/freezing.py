@@ -27,3 +27,8 @@ def set_trainable(module: nn.Module, layers: list[nn.Module], trainable: Trainab
     if isinstance(trainable, int) and trainable > 0:
         for layer in layers[-trainable:]:
             layer.requires_grad_(True)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether nothing of it trains."""
+    return not any(parameter.requires_grad for parameter in module.parameters())

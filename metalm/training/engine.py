@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from metalm.errors import ConfigError, TrainingError
+from metalm.nn.partitions import whole
 from metalm.registry import did_you_mean
 from metalm.segments import Batch
 from metalm.training.compiling import compile_blocks
@@ -220,14 +220,9 @@ def all_sum(value: Tensor, device: torch.device) -> Tensor:
 
 def full_weights(engine) -> dict[str, Tensor]:
     """The whole state dict on rank 0's CPU (empty elsewhere); under ZeRO-3 gathered parameter by parameter."""
-    module = engine.module
     weights = {}
-    partitioned = engine.zero_optimization_stage() == 3
-    if partitioned:
-        import deepspeed
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        gather = deepspeed.zero.GatheredParameters([tensor]) if partitioned and hasattr(tensor, "ds_id") else nullcontext()
-        with gather:
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+        with whole(tensor):
             if dist.get_rank() == 0:
                 weights[name] = tensor.detach().cpu().clone()
     return weights

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from metalm.config import to_plain
 from metalm.data.corpus import write_corpus
@@ -19,6 +20,7 @@ from metalm.data.shards import list_shards, read_shard
 from metalm.data.stream import DataConfig, Loader, PackedStream, SourceConfig
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import CheckpointError, ConfigError, TrainingError
+from metalm.fingerprint import fingerprints
 from metalm.models import MODELS, fit_to_tokenizer, spell_tokens
 from metalm.pretrained import load_parts, load_weights
 from metalm.segments import Batch
@@ -73,6 +75,7 @@ def train(config: RunConfig) -> Path:
     engine = make_engine(model.to(device), config.training, config.data.rows)
     loader = Loader(stream, pin_memory=True)
     step = load_checkpoint(engine, loader, found[-1]) if found else 0
+    interface.fingerprints = lasting_encoders(model)
     with Reporter(run, config.training.steps, step, rank == 0, config.training.tensorboard) as reporter:
         if found:
             reporter.message(f"resuming {run} at step {step:,}")
@@ -82,6 +85,16 @@ def train(config: RunConfig) -> Path:
             reporter.message(f"export: {export}")
             return export
     raise TrainingError(f"stopped by a signal; the same command resumes from {checkpoints(run)[-1]}")
+
+
+def lasting_encoders(model: nn.Module) -> dict[str, str]:
+    """Fingerprints of the encoders that stay as they are, by name: their stored states may stand for them. A teacher reads the
+    same batches, so its encoder must be the same."""
+    own, teaching = fingerprints(model, frozen=True), getattr(model, "taught_by", None)
+    if not (own and teaching):
+        return own
+    theirs = fingerprints(teaching.teacher)
+    return {name: found for name, found in own.items() if theirs.get(name) == found}
 
 
 def run_steps(engine, loader: Loader, config: RunConfig, step: int, reporter: Reporter, interface: Interface) -> bool:
