@@ -59,7 +59,7 @@ def test_a_run_leaves_config_metrics_tokenizer_checkpoints_and_export(finished):
     assert (finished / "config.yaml").is_file()
     assert sorted(losses(finished)) == [1, 2, 3, 4, 5, 6]
     assert [p.name for p in checkpoints(finished)] == ["step-000004", "step-000006"]
-    files = {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
+    files = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {p.name for p in (finished / "export").iterdir()} == files
 
 
