@@ -157,7 +157,7 @@ def test_runs_on_states_of_another_encoder_or_with_views_or_training_it_are_refu
     with pytest.raises(ConfigError, match="leave crop, mirror"):
         train(frozen(*start, "data.train[0].mirror=true"))
     with pytest.raises(ConfigError, match="encode them anew"):
-        train(frozen(*start, "training.seed=1", "init_from=", "tokenizer.path=" + str(first)))
+        train(frozen(*start, "training.seed=1", "init_from=''", "tokenizer.path=" + str(first)))
 
 
 def test_encoding_goes_on_where_it_was_stopped(first, pictures, states, tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_encoding_goes_on_where_it_was_stopped(first, pictures, states, tmp_path
                 yield next(samples)
                 raise OSError(28, "No space left on device")
 
-            samples = torn()
+            return write(torn(), path, url)
         return write(samples, path, url)
 
     arguments = (str(first), "eye", str(pictures), out, "float32", True)
