@@ -44,12 +44,12 @@ def measure(config: RunConfig, rounds: int, steps: int, profile: bool = False) -
     device = setup_distributed()
     fill_in_tokens(config)
     with torch.device("meta"):
-        flops = flops_per_step(config, MODELS[config.model.type](config.model))
+        flops, _ = flops_per_step(config, MODELS[config.model.type](config.model))
     rate = matrix_rate(device, 8192 if device.type == "cuda" else 1024)
     torch.manual_seed(0)
     model = MODELS[config.model.type](config.model)
     interface = Interface.of(model, None, config.data.row_length)
-    document = sample_document(interface, config.data.row_length)
+    document, _ = sample_document(interface, config.data.row_length)
     rows = [[document] * (config.data.row_length // len(document))] * config.data.rows
     batch = interface.collate(rows, config.data.row_length)
     parameters = sum(p.numel() for p in model.parameters())

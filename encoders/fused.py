@@ -108,7 +108,8 @@ class FusedBlock(nn.Module):
             self.mlp = MLP(config)
 
     def forward(self, x_RSD: Tensor, mask: Mask, rotary: tuple[Tensor, Tensor] | None, places: dict[str, Tensor]) -> Tensor:
-        x_RSD = x_RSD + self.dropout(self.attention(self.attention_norm(x_RSD), mask, rotary))
+        q, k, v = self.attention.project(self.attention_norm(x_RSD), rotary)
+        x_RSD = x_RSD + self.dropout(self.attention.out(self.attention(q, k, v, mask)))
         normed = self.mlp_norm(x_RSD)
         if not hasattr(self, "experts"):
             return x_RSD + self.dropout(self.mlp(normed))

@@ -169,8 +169,8 @@ class BiasedAttention(Attention):
         super().__init__(config)
         self.bias_2G1W = nn.Parameter(torch.zeros(2, self.kv_heads, 1, self.head_width))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias_1HQK=None, cache=None, layer=0) -> Tensor:
-        return super().attend(q, k, v, mask, bias_1HQK, cache=self)  # in a cache's place, for `append`
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias_1HQK=None, cache=None, layer=0) -> Tensor:
+        return super().forward(q, k, v, mask, bias_1HQK, cache=self)  # in a cache's place, for `append`
 
     def append(self, layer: int, k_RGKW: Tensor, v_RGKW: Tensor) -> tuple[Tensor, Tensor]:
         return append_bias(k_RGKW, v_RGKW, self.bias_2G1W)

@@ -83,7 +83,7 @@ class MergingViTBlocks(MergingBlocks):
     def attention(self, block: Block, x_NSD: Tensor, bias_NS: Tensor | None) -> tuple[Tensor, Tensor]:
         bias_N11S = None if bias_NS is None else bias_NS[:, None, None]
         q, k, v = block.before(x_NSD, None)
-        attended = block.attention.out(block.attention.attend(q, k, v, "full", bias_N11S))
+        attended = block.attention.out(block.attention(q, k, v, "full", bias_N11S))
         return x_NSD + block.dropout(attended), k.detach().mean(1)
 
     def mlp(self, block: Block, x_NSD: Tensor) -> Tensor:

@@ -105,7 +105,8 @@ class MetaLM(PretrainedModel):
         if not inputs and is_partitioned(encoder):
             blank = encoder.processor.load(encoder.processor.blank())
             inputs = {key: x.to(span.source.device) for key, x in encoder.processor.collate([blank]).inputs.items()}
-        states = [] if span.stored is None else [span.stored.to(self.decoder.embedding.weight.dtype)]
+        dtype = next(self.decoder.parameters()).dtype  # by the iterator: ZeRO-3 gathers a weight that is asked for by its name
+        states = [] if span.stored is None else [span.stored.to(dtype)]
         if inputs:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(encoder)):
                 states.append(encoder(**inputs).flatten(0, 1))

@@ -101,7 +101,7 @@ def make_plans(config: CompareConfig, out: Path) -> dict[str, Plan]:
         micro_batches = sum(1 for _ in PackedStream(data.train, interface, data, repeat=False))
         epoch = math.ceil(micro_batches / run.training.accumulation)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        plans[name] = Plan(parameters, epoch, flops_per_step(run, model))
+        plans[name] = Plan(parameters, epoch, flops_per_step(run, model)[0])
     budget = config.epochs * plans[config.reference].epoch * plans[config.reference].flops
     return {
         name: replace(plan, steps={"tokens": config.epochs * plan.epoch, "flops": max(1, round(budget / plan.flops))})

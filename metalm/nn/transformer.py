@@ -184,7 +184,7 @@ class Sections(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with fused projections, grouped-query heads and an optional cache."""
+    """Multi-head self-attention with grouped-query heads and an optional cache: `project`, attend (`forward`), and `out`."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -207,17 +207,6 @@ class Attention(nn.Module):
             keys = key.view(self.kv_heads, self.head_width, -1).repeat_interleave(self.heads // self.kv_heads, dim=0)
             query.view_as(keys)[::2] = keys[::2]
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        mask: Mask | str | Attends,
-        rotary: tuple[Tensor, Tensor] | None = None,
-        bias_1HQK: Tensor | None = None,
-        cache: KVCache | None = None,
-        layer: int = 0,
-    ) -> Tensor:
-        return self.out(self.attend(*self.project(x_BTD, rotary), mask, bias_1HQK, cache, layer))
-
     def project(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, T, W], keys and values [B, G, T, W], turned by their positions."""
         B, T, _ = x_BTD.shape
@@ -233,7 +222,7 @@ class Attention(nn.Module):
             q = q * self.query_scale
         return q, k, v
 
-    def attend(
+    def forward(
         self,
         q: Tensor,
         k: Tensor,
@@ -280,7 +269,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """[B, T, D], or [N, D] of the `places_N` of [B x T] alone: what comes after attention is left out for the others."""
         q, k, v = self.before(x_BTD, rotary)
-        attended_BTD = self.attention.attend(q, k, v, mask, bias_1HQK, cache, layer)
+        attended_BTD = self.attention(q, k, v, mask, bias_1HQK, cache, layer)
         if places_N is not None:
             x_BTD, attended_BTD = (x.flatten(0, 1).index_select(0, places_N) for x in (x_BTD, attended_BTD))
         return self.after(x_BTD, attended_BTD)

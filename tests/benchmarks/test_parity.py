@@ -14,7 +14,9 @@ BY_NAME = {family.name: family for family in FAMILIES}
 
 
 def test_every_family_of_decoders_has_a_row():
-    assert {one.family.lower() for one in FAMILIES if isinstance(one, Decoder)} == set(decoders.FAMILIES)
+    assert {one.family.lower() for one in FAMILIES if isinstance(one, Decoder)} == {
+        name.partition("_")[0] for name in decoders.FAMILIES
+    }
     assert len(BY_NAME) == len(FAMILIES)
 
 
