@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from metalm.data.prompts import Interface
 from metalm.encoders.image import one_pixel_png
 from metalm.errors import ConfigError
-from metalm.model import MetaLM
 from metalm.models import MODELS, fit_to_tokenizer, token_field
 from metalm.segments import Document, Span, Text
 from metalm.training.config import RunConfig
@@ -47,7 +46,7 @@ def parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 def flops_per_step(config: RunConfig, model: nn.Module) -> tuple[int, str]:
     """Forward and backward FLOPs of one rank's step on full rows, counted on the meta device, where the model must be, and of
-    what rows; what recomputed activations cost anew is left out.
+    what rows; what recomputed activations cost anew is left out, and what the last layer saves where there is no target.
 
     Of an adaptive softmax its head counts, where every prediction is made; few go on to a cluster of rarer words.
     """
@@ -61,8 +60,7 @@ def flops_per_step(config: RunConfig, model: nn.Module) -> tuple[int, str]:
     batch = interface.collate([[document] * (length // len(document))] * config.data.rows, length)
     predictions = model.num_predictions(batch)
     with FlopCounterMode(display=False) as counter:
-        batch = batch.to("meta")
-        hidden = model.hidden(batch, places_N=batch.places_L) if isinstance(model, MetaLM) else model.hidden(batch)
+        hidden = model.hidden(batch.to("meta"))
         states = [hidden] if isinstance(hidden, Tensor) else [x for x in hidden if x is not None]
         sum(x.sum() for x in states).backward()
     vocabulary = next(p.vocab_size for p in vars(config.model).values() if hasattr(p, "vocab_size"))
