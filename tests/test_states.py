@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from metalm.fingerprint import fingerprint, fingerprints
 from metalm.model import MetaLM, MetaLMConfig
 from metalm.nn.freezing import is_frozen
 from metalm.segments import Batch, Document, Span, Text, make_batch
+from metalm.training.loop import lasting_encoders
 
 SIZE = {"layers": 2, "width": 16, "heads": 2}
 WAV2VEC2 = {
@@ -279,3 +281,12 @@ def test_what_branches_off_stored_states_reads_them_once():
     assert len(document.branches) == 2 and isinstance(document.segments[0], Span)
     batch = make_batch([[interface.load(document)]], model.processors)
     assert len(batch.spans["sense"].stored) == 4
+
+
+def test_a_teacher_of_another_encoder_would_misread_the_states():
+    model = make_model("vit")
+    model.taught_by = SimpleNamespace(teacher=make_model("vit", trainable="all"))
+    assert lasting_encoders(model) == fingerprints(model)
+    with torch.no_grad():
+        model.taught_by.teacher.encoders["sense"].patches.map.bias[0] += 1
+    assert lasting_encoders(model) == {}
