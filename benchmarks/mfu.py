@@ -3,8 +3,9 @@
     python -m benchmarks.mfu configs/paper/vision-language.yaml [key=value ...] [--rounds 5] [--steps 5] [--profile]
 
 The batch is full rows of the documents that the configuration reads, in memory; FLOPs are those that `dry_run` counts, once
-forward and twice backward, without what activation checkpointing computes anew. The machine's rate is that of a large bfloat16
-matrix product, measured in the same run.
+forward and twice backward, without what activation checkpointing computes anew, and with the last layer at every place,
+though where there is no target half of it is left out (a few per cent of a deep model). The machine's rate is that of a large
+bfloat16 matrix product, measured in the same run.
 """
 
 from __future__ import annotations

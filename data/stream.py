@@ -43,8 +43,8 @@ class SourceConfig:
     """One part of the mixture: shards, the task that lays them out, and how often it is drawn.
 
     `weight` may have a schedule, [[step, weight], …], with straight lines between, looked up at the beginning of a block;
-    `loss_weight` is that of its targets in the
-    loss. `objective` is for the task `text` alone, which cannot do without unless the model itself is a way of learning texts;
+    `loss_weight` is that of its targets in the loss. `objective` is for the task `text` alone, which cannot do without unless
+    the model itself is a way of learning texts;
     `captions` of an image are learned at each visit, by the tasks `image_text` and `captioning`; `prefix` is how often the task
     `image_text` gives a caption's beginning to the encoder, as the paper always does: what is said first, the subject, is
     otherwise seldom predicted from the image alone. `crop` below 1 shows a part of the image, drawn anew at each visit, of at

@@ -16,6 +16,7 @@ from typing import Any
 from metalm.errors import ConfigError
 
 CONFIG, TEMPLATE, GENERATION = "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
+FILES = (CONFIG, GENERATION)  # that `write` leaves
 
 
 @dataclass
@@ -37,8 +38,8 @@ class TokenizerSettings:
         template = config.get("chat_template")
         if (folder / TEMPLATE).is_file():
             template = (folder / TEMPLATE).read_text()
-        generation = read_json(folder / GENERATION) or read_json(folder / "config.json")
-        return cls.of(config, template, generation.get("eos_token_id"))
+        ends = read_json(folder / GENERATION).get("eos_token_id")
+        return cls.of(config, template, read_json(folder / "config.json").get("eos_token_id") if ends is None else ends)
 
     @classmethod
     def of(cls, names: Mapping[str, Any], template: Any, ends: int | list[int] | None) -> TokenizerSettings:
@@ -59,6 +60,7 @@ class TokenizerSettings:
         if self.chat_template:
             config["chat_template"] = self.chat_template
         (folder / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False))
+        (folder / GENERATION).unlink(missing_ok=True)  # of what was there before
         if self.ends:
             (folder / GENERATION).write_text(json.dumps({"eos_token_id": self.ends}, indent=1))
 

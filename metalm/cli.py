@@ -23,7 +23,9 @@ app.add_typer(data_app, name="data")
 Out = Annotated[Path, typer.Option(help="Where to write.")]
 Shards = Annotated[str, typer.Option("--data", help="Shards: a folder, a tar, or a brace pattern; for infilling JSON Lines.")]
 Model = Annotated[str, typer.Option(help="A run, an export, or a Hugging Face Hub id.")]
-DRAFT = "Guesses ahead, for the same greedy text sooner: a smaller run with the same tokenizer, or a number of first layers."
+DRAFT = (
+    "Guesses ahead, for the same greedy text (but for ties) sooner: a smaller run of the same tokenizer, or a number of layers."
+)
 
 
 @app.callback()
@@ -290,6 +292,8 @@ def generate(
 
         print(write_texts(*load_pretrained(model), [prompt], max_new_tokens)[0])
         return
+    if choice and (chat or draft or beams > 1 or temperature):
+        raise ConfigError("--choice ranks answers to a plain prompt: leave out --chat, --draft, --beams and --temperature")
     settings = GenerationConfig(max_new_tokens, beams, temperature, top_p, length_penalty, seed, guesses)
     predictor = Predictor.load(model, settings, dtype=dtype, draft=draft)
     media = [(kind, path.read_bytes()) for kind, path in given]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from metalm.errors import ConfigError
 from metalm.nn.attention import KVCache, LayerMasks, Mask, all_of, by_window, causal, soft_cap, within
 from metalm.nn.freezing import Trainable
-from metalm.nn.linear import Int8Linear, PackedLinear, Weights, replace_linear
+from metalm.nn.linear import Int8Linear, PackedLinear, Weights, can_pack, replace_linear
 from metalm.nn.transformer import Attends, TextStackConfig, Transformer, init_weights
 
 
@@ -104,7 +104,7 @@ class CausalDecoder(nn.Module):
         weight_VD = self.softmax_weight
         if weights == "int8":
             make: type[nn.Module] = Int8Linear
-        elif weight_VD.device.type == "cpu" and weight_VD.dtype == torch.bfloat16:
+        elif weight_VD.device.type == "cpu" and weight_VD.dtype == torch.bfloat16 and can_pack():
             make = PackedLinear
         else:
             return

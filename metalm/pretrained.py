@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import metalm
 from metalm.config import build_plugin, to_plain
 from metalm.data.tokenizer import FILE, Tokenizer
+from metalm.data.tokenizer_settings import FILES as SETTINGS
 from metalm.encoders.base import BESIDE
 from metalm.errors import CheckpointError
 from metalm.models import MODELS
@@ -115,14 +116,16 @@ def files_of(config: str | bytes) -> set[str]:
     except (ValueError, KeyError, TypeError, AttributeError):
         return set()
     own = [folder for folder in folders if Path(folder).name == folder]  # not what lies elsewhere
-    return {CONFIG, WEIGHTS, CARD, FILE, *ADAPTERS} | {f"{folder}/{name}" for folder in own for name in (CONFIG, FILE)}
+    return {CONFIG, WEIGHTS, CARD, FILE, *SETTINGS, *ADAPTERS} | {
+        f"{folder}/{name}" for folder in own for name in (CONFIG, FILE)
+    }
 
 
 def remove_old(folder: Path) -> None:
     """Removes of the export in a folder what the next one need not overwrite: adapters, and the files of its encoders."""
     if not (folder / CONFIG).is_file():
         return
-    for name in files_of((folder / CONFIG).read_bytes()) - {CONFIG, WEIGHTS, CARD, FILE}:
+    for name in files_of((folder / CONFIG).read_bytes()) - {CONFIG, WEIGHTS, CARD, FILE, *SETTINGS}:
         (folder / name).unlink(missing_ok=True)
         own = (folder / name).parent
         if own != folder and own.is_dir() and not any(own.iterdir()):

@@ -12,7 +12,7 @@ from rich.progress import track
 from metalm.data.chat import answer_ends
 from metalm.data.prompts import Interface
 from metalm.data.tokenizer import Tokenizer
-from metalm.errors import ConfigError
+from metalm.errors import ConfigError, DataError
 from metalm.fingerprint import fingerprints
 from metalm.inference.generate import GenerationConfig, batched, generate
 from metalm.inference.rank import score_choices
@@ -83,6 +83,8 @@ class Predictor:
         """log p in nats of each answer of each prompt, from its first word to the end of the turn (`metalm.inference.rank`)."""
         rooms = [self.interface.room(list(prompt.segments)) for prompt in prompts]
         tokens = [[self.interface.turn(choice, room) for choice in own] for own, room in zip(choices, rooms)]
+        if any(choice[-1] != self.interface.tokenizer.end for own in tokens for choice in own):
+            raise DataError("an answer to be ranked does not fit behind its prompt: shorten the prompt, or the answers")
         scores: list[list[float]] = [[] for _ in prompts]
         groups = list(batched(prompts, self.batch_size))
         for numbers in track(groups, what) if what else groups:

@@ -43,7 +43,7 @@ def score_choices(model: MetaLM, prompts: Sequence[Document], choices: Sequence[
     ]
     device = next(model.parameters()).device
     batch = make_batch([[load_spans(document, model.processors)] for document in documents], model.processors).to(device)
-    hidden_LD = model.hidden(batch).flatten(0, 1)[batch.places_L]
+    hidden_LD = model.hidden(batch, places_N=batch.places_L)
     weight_VD, softcap = model.decoder.softmax_weight, model.config.decoder.logit_softcap
     _, nats_L = weighted_cross_entropy(hidden_LD, weight_VD, batch.targets_L, softcap=softcap)
     nats = iter(nats_L.split([len(choice) for own in choices for choice in own]))

@@ -5,10 +5,11 @@
     model              sat on the     read at once: a pass of few tokens takes hardly longer than one of a single token
     kept               sat on the     the agreed beginning, and the model's word where they part
 
-What comes out is what the model alone would write greedily, whatever the draft says: a draft decides the speed only. With a
-share a of guesses agreed to, a pass keeps (1 - a^(g + 1)) / (1 - a) tokens for g guesses. The draft is a smaller run with the
-same tokenizer, or the model's own first layers (`first_layers`). Rows of a batch go on together, as far as all of them agree:
-it is for few prompts. Source: Leviathan et al. 2023 (arXiv 2211.17192), the greedy case.
+What comes out is what the model alone would write greedily, whatever the draft says, as exactly as passes of one token and of
+several round alike: in bfloat16 and int8 near ties may fall the other way. With a share a of guesses agreed to, a pass keeps
+(1 - a^(g + 1)) / (1 - a) tokens for g guesses. The draft is a smaller run with the same tokenizer, or the model's own first
+layers (`first_layers`). Rows of a batch go on together, as far as all of them agree: it is for few prompts. Source: Leviathan
+et al. 2023 (arXiv 2211.17192), the greedy case.
 
 Shapes: B rows, G guesses.
 """
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from metalm.errors import ConfigError
 from metalm.inference.decoding import Decoding
 from metalm.model import MetaLM
-from metalm.segments import Document
+from metalm.segments import Document, Span
 
 
 class Speculation:
@@ -41,6 +42,19 @@ class Speculation:
             raise ConfigError(
                 f"the model knows {sizes[0]} tokens, the draft {sizes[1]}: train the draft with the model's tokenizer"
             )
+        spans = [span for prompt in prompts for span in prompt.segments if isinstance(span, Span)]
+        for name in {span.encoder for span in spans}:
+            if draft.processors.get(name) != model.processors[name]:
+                raise ConfigError(f"the draft does not read {name!r} as the model does: take one with the same encoder")
+        if any("states" in span.inputs and draft.encoders[span.encoder] is not model.encoders[span.encoder] for span in spans):
+            raise ConfigError("stored states are the model's: a draft that is another run cannot read them")
+        longest = max(map(len, prompts), default=0) + max_new_tokens + guesses
+        for what, one in (("model", model), ("draft", draft)):
+            if one.config.decoder.positions == "learned" and longest > one.config.decoder.max_positions:
+                raise ConfigError(
+                    f"prompt, answer and guesses take {longest} places, the {what} has {one.config.decoder.max_positions}: "
+                    "ask for fewer new tokens or guesses, or go without a draft"
+                )
         self.guesses, self.rounds = guesses, 0
         self.model, self.draft = (Decoding(one, prompts, 1, max_new_tokens + guesses) for one in (model, draft))
         self.tokens_BT = self.model.logits_BV.argmax(-1, keepdim=True)  # the last ones written, which the draft has not read
@@ -108,7 +122,9 @@ def first_layers(model: MetaLM, layers: int) -> MetaLM:
     draft, draft.decoder, stack = (shallow(part) for part in (model, model.decoder, model.decoder.transformer))
     draft.decoder.transformer = stack
     stack.blocks = stack.blocks[:layers]
-    fewer = replace(config, layers=layers, window=config.windows[:layers])
+    windows = config.windows[:layers]
+    local = config.local_rotary_base if any(windows) else 0.0
+    fewer = replace(config, layers=layers, window=windows, local_rotary_base=local)
     draft.config, draft.decoder.config, stack.config = replace(model.config, decoder=fewer), fewer, fewer
     return draft
 

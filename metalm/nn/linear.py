@@ -64,6 +64,11 @@ class Int8Linear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
+def can_pack() -> bool:
+    """Whether this processor has oneDNN's products of bfloat16, without which `PackedLinear` cannot be."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def replace_linear(module: nn.Module, make: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
     """Puts `make(weight, bias)` in the place of every linear map inside a module."""
     for parent in list(module.modules()):

@@ -18,6 +18,7 @@ from metalm.config import build
 from metalm.data.chat import Turn, answer_ends, encode_turns
 from metalm.data.prompts import Interface
 from metalm.data.tokenizer import Tokenizer
+from metalm.data.tokenizer_settings import TokenizerSettings
 from metalm.encoders.image import one_pixel_png
 from metalm.errors import ConfigError, DataError
 from metalm.model import MetaLM, MetaLMConfig
@@ -244,3 +245,13 @@ def test_generate_chats_with_a_decoder_as_it_is_and_its_export_keeps_the_templat
     assert back.chat_template == theirs.chat_template
     written = AutoModelForCausalLM.from_pretrained(out).eval().generate(**prompt, max_new_tokens=20, do_sample=False)
     assert written[0, prompt["input_ids"].shape[1] :].tolist() == free[: stop + 1].tolist()
+
+
+def test_settings_of_before_are_gone_with_the_next_ones(tmp_path):
+    TokenizerSettings(ends=[5]).write(tmp_path)
+    assert TokenizerSettings.read(tmp_path).ends == [5]
+    TokenizerSettings().write(tmp_path)
+    assert TokenizerSettings.read(tmp_path).ends == []
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+    (tmp_path / "generation_config.json").write_text('{"temperature": 1}')
+    assert TokenizerSettings.read(tmp_path).ends == [7]

@@ -6,9 +6,12 @@ import pytest
 import torch
 from tiny_models import tiny_model, unequal_prompts
 
+from metalm.config import build
 from metalm.errors import ConfigError
 from metalm.inference.generate import GenerationConfig, generate
 from metalm.inference.speculative import Speculation, first_layers, speculate
+from metalm.model import MetaLM, MetaLMConfig
+from metalm.segments import Document, Span, Text
 
 VOCABULARY, END = 30, 0
 
@@ -61,3 +64,25 @@ def test_drafts_that_cannot_help_are_refused(model):
         first_layers(model, 2)
     with pytest.raises(ConfigError, match="the model's tokenizer"):
         speculate(model, tiny_model(20), unequal_prompts(model), {END}, 4)
+
+
+def test_a_draft_that_cannot_go_along_is_refused():
+    shape = {"layers": 2, "width": 16, "heads": 2, "vocab_size": 20, "positions": "learned", "max_positions": 32}
+    model = MetaLM(build(MetaLMConfig, {"decoder": shape}, "test")).eval()
+    prompts = [Document([Text(list(range(18)))])]
+    assert len(speculate(model, first_layers(model, 1), prompts, [], 10, guesses=4)[0]) == 10
+    with pytest.raises(ConfigError, match="take 33 places, the model has 32"):
+        speculate(model, first_layers(model, 1), prompts, [], 11, guesses=4)
+    eye = {"type": "vit", "layers": 1, "width": 16, "heads": 2, "image_size": 16, "patch_size": 8}
+    seeing = MetaLM(
+        build(MetaLMConfig, {"decoder": shape, "encoders": {"eye": {**eye, "connector": {"type": "linear"}}}}, "test")
+    )
+    looking = [Document([Span("eye", {"image": torch.zeros(3, 16, 16, dtype=torch.uint8)}, 4), Text([1])])]
+    with pytest.raises(ConfigError, match="the draft does not read 'eye'"):
+        speculate(seeing.eval(), model, looking, [], 4)
+
+
+def test_first_layers_without_a_window_need_no_base_for_windows():
+    shape = {"layers": 2, "width": 16, "heads": 2, "vocab_size": 20, "positions": "rotary"}
+    model = MetaLM(build(MetaLMConfig, {"decoder": {**shape, "window": [0, 4], "local_rotary_base": 100.0}}, "test"))
+    assert first_layers(model, 1).config.decoder.local_rotary_base == 0
