@@ -14,6 +14,9 @@ by the model's own text, a share of it made wrong; the draft's passes are made a
 
 Ranking: four answers of 4 tokens to a question of 12 on a picture, of 64 patches. METALM reads picture and question once; the
 peers are a full pass for each answer, of METALM itself and of LLaVA.
+
+Shots: questions on pictures after the same four worked examples, which METALM reads once a batch; the peer is METALM with
+examples that only look the same, each prompt's its own.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import argparse
 import io
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -46,6 +50,7 @@ PROMPT, NEW = 64, 128
 QUESTION, CHOICES, ANSWER = 12, 4, 4
 BATCHES = (1, 8)
 GUESSES, AGREED = 4, (0.6, 0.8)
+SHOTS, QUESTIONS = 4, 8
 
 
 def make_llama(shape: dict | None = None, seed: int = 0) -> nn.Module:
@@ -113,7 +118,7 @@ def measure(rounds: int = 5) -> dict[str, dict[str, float]]:
     llama = llama.bfloat16()
     theirs = {rows: written_by_peer(llama, prompts[rows]) for rows in BATCHES}
     results = {}
-    for name, weights in (("bfloat16", "as they are"), ("int8", "int8")):
+    for name, weights in (("bfloat16", "as they are"), ("int8", "int8"), ("int4", "int4")):
         model = ours_of(llama, torch.bfloat16, weights)
         for rows in BATCHES:
             ours, peer = partial(written, model, prompts[rows]), partial(written_by_peer, llama, prompts[rows])
@@ -121,7 +126,7 @@ def measure(rounds: int = 5) -> dict[str, dict[str, float]]:
             if name == "bfloat16":
                 found["same_in_float32"] = alike[rows]
             results[f"{name}/batch_{rows}"] = found | compare(ours, peer, (rows * NEW, rows * NEW), rounds, 1)
-    return results | measure_drafts(llama, rounds) | measure_ranking(rounds)
+    return results | measure_drafts(llama, rounds) | measure_ranking(rounds) | measure_shots(rounds)
 
 
 class Recited(Speculation):
@@ -166,9 +171,10 @@ def recite(model: MetaLM, draft: MetaLM, prompt_1T: Tensor, text: list[int], agr
     return tokens[:NEW]
 
 
-def encode_png(picture: Tensor) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out, "PNG")
+def make_picture() -> bytes:
+    """Noise, as PNG."""
+    out, side = io.BytesIO(), VISION["image_size"]
+    Image.fromarray(torch.randint(256, (side, side, 3), dtype=torch.uint8).numpy()).save(out, "PNG")
     return out.getvalue()
 
 
@@ -179,7 +185,7 @@ def measure_ranking(rounds: int) -> dict[str, dict[str, float]]:
     model = build_metalm().bfloat16().eval()
     llava = build_llava(VISION, TEXT, VOCABULARY, IMAGE_TOKEN, tied=True).bfloat16().eval()
     side = VISION["image_size"]
-    picture = encode_png(torch.randint(256, (3, side, side), dtype=torch.uint8))
+    picture = make_picture()
     question, *choices = torch.randint(IMAGE_TOKEN, (QUESTION + CHOICES * ANSWER,)).split([QUESTION] + [ANSWER] * CHOICES)
     prompt = Document([Span("image", {"image": picture}, PATCHES), Text(question.tolist(), target=False)])
     answers = [choice.tolist() for choice in choices]
@@ -203,6 +209,31 @@ def measure_ranking(rounds: int) -> dict[str, dict[str, float]]:
         f"ranking/{name}": compare(shared, other, (1, 1), rounds, 10) | {"difference": difference}
         for name, other in passes.items()
     }
+
+
+def measure_shots(rounds: int) -> dict[str, dict[str, float]]:
+    """Answered questions/s after the same worked examples, read once, against examples read for each."""
+    torch.manual_seed(0)
+    model = build_metalm().bfloat16().eval()
+    model.decoder.prepare_for_inference()
+
+    def turn(tokens: int) -> list[Span | Text]:
+        text = Text(torch.randint(IMAGE_TOKEN, (tokens,)).tolist(), target=False)
+        return [Span("image", {"image": make_picture()}, PATCHES), text]
+
+    examples = [segment for _ in range(SHOTS) for segment in turn(QUESTION + ANSWER)]
+    same = [Document([*examples, *turn(QUESTION)]) for _ in range(QUESTIONS)]
+    own = [
+        replace(prompt, segments=[replace(part) if isinstance(part, Span) else part for part in prompt.segments])
+        for prompt in same
+    ]
+    config = GenerationConfig(ANSWER)
+
+    def answered(prompts: list[Document]) -> list[list[int]]:
+        return generate(model, prompts, -1, config)
+
+    found = {"same": float(sum(a == b for a, b in zip(answered(same), answered(own))) / QUESTIONS)}
+    return {"shots": found | compare(partial(answered, same), partial(answered, own), (QUESTIONS, QUESTIONS), rounds, 1)}
 
 
 def main() -> None:

@@ -30,6 +30,11 @@ LLAVA = "transformers LlavaForConditionalGeneration"
 OPEN_CLIP = "open_clip_train get_wds_dataset"
 DECODING = "decoding and resizing alone"
 GENERATE = "transformers generate, Llama"
+PEERS = {  # of generation, where it is not `GENERATE`
+    "ranking/full_passes": "METALM, a pass for each answer",
+    "ranking/llava": LLAVA,
+    "shots": "METALM, examples read for each question",
+}
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -86,8 +91,8 @@ def generating(rounds: int) -> list[dict]:
     bars |= {"ranking/full_passes": 2.5, "ranking/llava": 2.5}
     results = []
     for name, result in generation.measure(rounds).items():
-        unit, peer = ("questions/s", LLAVA) if name.startswith("ranking") else ("tokens/s", GENERATE)
-        peer = "METALM, a pass for each answer" if name == "ranking/full_passes" else peer
+        unit = "questions/s" if name.startswith(("ranking", "shots")) else "tokens/s"
+        peer = PEERS.get(name, GENERATE)
         results += [
             entry(f"generation/{name}", result["ratio"], "x", peer, at_least=bars.get(name)),
             entry(f"generation/{name}/processor_time", result["cpu_ratio"], "x", peer),

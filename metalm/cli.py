@@ -89,6 +89,9 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="The result, a JSON file.")],
     shots: Annotated[int, typer.Option(help="Worked examples before each query.")] = 0,
     shots_data: Annotated[str, typer.Option(help="Shards to draw them from; empty: --data itself.")] = "",
+    same_shots: Annotated[
+        bool, typer.Option("--same-shots", help="The same worked examples before all queries: sooner.")
+    ] = False,
     blind: Annotated[bool, typer.Option("--blind", help="Blank every picture, or sound: the first thing to beat.")] = False,
     spice: Annotated[bool, typer.Option("--spice", help="Score captions by SPICE too.")] = False,
     beams: Annotated[int, typer.Option(help="Beam search with so many beams.")] = 1,
@@ -99,7 +102,7 @@ def evaluate(
     forward_only: Annotated[bool, typer.Option("--forward-only", help="Infilling: write from the prefix on alone.")] = False,
     limit: Annotated[int, typer.Option(help="Evaluate so many samples only; 0: all.")] = 0,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 (faster, rounding depends on the batch), or int8 (weights rounded).")
+        str, typer.Option(help="float32, bfloat16 (faster, rounding depends on the batch), int8 or int4 (weights rounded).")
     ] = "float32",
     draft: Annotated[str, typer.Option(help=DRAFT)] = "",
     seed: Annotated[int, typer.Option(help="Seed of the draw of worked examples.")] = 0,
@@ -154,7 +157,8 @@ def evaluate(
 
         report_result(evaluate_transcription(predictor, data, model, blind, limit), out)
         return
-    arguments = {"shots": shots, "shots_data": shots_data, "blind": blind, "limit": limit, "seed": seed}
+    arguments = {"shots": shots, "shots_data": shots_data, "same_shots": same_shots}
+    arguments |= {"blind": blind, "limit": limit, "seed": seed}
     if task == "vqa":
         result = evaluate_vqa(predictor, data, model, **arguments)
     else:
@@ -268,7 +272,7 @@ def generate(
     choice: Annotated[
         list[str] | None, typer.Option(help="Write nothing, and say how likely this answer is; several are compared.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or int8 (weights rounded).")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8 or int4 (weights rounded).")] = "float32",
     draft: Annotated[str, typer.Option(help=DRAFT)] = "",
     guesses: Annotated[int, typer.Option(help="Tokens that the draft guesses at a time.")] = 4,
 ) -> None:

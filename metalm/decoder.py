@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from metalm.errors import ConfigError
 from metalm.nn.attention import KVCache, LayerMasks, Mask, all_of, by_window, causal, soft_cap, within
 from metalm.nn.freezing import Trainable
-from metalm.nn.linear import Int8Linear, PackedLinear, Weights, can_pack, replace_linear
+from metalm.nn.linear import Int8Linear, PackedLinear, Weights, can_pack, int4_or_int8, replace_linear
 from metalm.nn.transformer import Attends, TextStackConfig, Transformer, init_weights
 
 
@@ -99,10 +99,16 @@ class CausalDecoder(nn.Module):
         """Lays the linear maps out for reading, for good: what is left can neither be trained nor saved.
 
         Args:
-            weights: "int8" rounds them (`metalm.nn.linear`), and where they are tied the embeddings with them.
+            weights: "int8" rounds them (`metalm.nn.linear`), and where they are tied the embeddings with them; so does
+                "int4", to 4 bits in the blocks and to 8 in the softmax.
+
+        Raises:
+            ConfigError: weights of 4 bits, which are read on the CPU, on another device.
         """
         weight_VD = self.softmax_weight
-        if weights == "int8":
+        if weights == "int4" and weight_VD.device.type != "cpu":
+            raise ConfigError(f"int4 weights are for the CPU, this is {weight_VD.device.type}: take int8")
+        if weights != "as they are":
             make: type[nn.Module] = Int8Linear
         elif weight_VD.device.type == "cpu" and weight_VD.dtype == torch.bfloat16 and can_pack():
             make = PackedLinear
@@ -111,4 +117,5 @@ class CausalDecoder(nn.Module):
         if self.config.tied:
             self.softmax = make(weight_VD)
             self.embedding.weight.copy_(self.softmax.weight)
+        replace_linear(self.transformer, int4_or_int8 if weights == "int4" else make)
         replace_linear(self, make)

@@ -19,6 +19,7 @@ def evaluate_captioning(
     model: str = "",
     shots: int = 0,
     shots_data: str = "",
+    same_shots: bool = False,
     blind: bool = False,
     spice: bool = False,
     limit: int = 0,
@@ -41,6 +42,7 @@ def evaluate_captioning(
         key=lambda sample: sample.key,
         interface=predictor.interface,
         seed=seed,
+        same=same_shots,
     )
     captions = predictor(prompts, "captioning, blind" if blind else "captioning")
     metrics, scores = caption_metrics(
@@ -52,7 +54,7 @@ def evaluate_captioning(
         Prediction(sample.key, caption, sample.captions, scores[sample.key]["cider"], image=sample.key)
         for sample, caption in zip(samples, captions)
     ]
-    config = {"shots": shots, "shots_data": shots_data, "blind": blind, "limit": limit, "seed": seed}
+    config = {"shots": shots, "shots_data": shots_data, "same_shots": same_shots, "blind": blind, "limit": limit, "seed": seed}
     return Result("captioning", metrics, model, data, config | vars(predictor.generation), rows)
 
 

@@ -48,7 +48,8 @@ class Predictor:
         """From an export, a run, or a Hub id; `device` empty takes the GPU if there is one.
 
         Args:
-            dtype: float32, bfloat16, or int8: the decoder's weights rounded to it (`metalm.nn.linear`), all else bfloat16.
+            dtype: float32, bfloat16, or int8 or int4: the decoder's weights rounded to it (`metalm.nn.linear`), all else
+                bfloat16.
             draft: another run with the same tokenizer, or how many of the model's first layers, that guess ahead.
 
         Raises:
@@ -96,11 +97,11 @@ class Predictor:
 
 def load_decoding(name: str | Path, dtype: str, device: str) -> tuple[MetaLM, Tokenizer]:
     """A model whose decoder is laid out for inference, and its tokenizer."""
-    if dtype not in ("float32", "bfloat16", "int8"):
-        raise ConfigError(f"dtype {dtype!r}: float32, bfloat16 or int8")
+    if dtype not in ("float32", "bfloat16", "int8", "int4"):
+        raise ConfigError(f"dtype {dtype!r}: float32, bfloat16, int8 or int4")
     model, tokenizer = load_pretrained(name, torch.float32 if dtype == "float32" else torch.bfloat16)
     if not isinstance(model, MetaLM):
         raise ConfigError(f"{name} holds the model {model.config.type!r}, which has no decoder to answer with")
     model.to(device)
-    model.decoder.prepare_for_inference("int8" if dtype == "int8" else "as they are")
+    model.decoder.prepare_for_inference(dtype if dtype in ("int8", "int4") else "as they are")
     return model, tokenizer

@@ -1,12 +1,16 @@
 """In-context demonstrations: k worked examples before the query, as the paper lays them out.
 
 k x ( [Span(input)] Text(answer </s>) ) [Span(input)] -> answer
+
+Where all queries come after the same demonstrations, a batch reads those once (`metalm.inference.decoding`).
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import islice
 from typing import TypeVar
 
 from metalm.data.prompts import Interface
@@ -25,6 +29,7 @@ def few_shot(
     key: Callable[[Example], str],
     interface: Interface,
     seed: int = 0,
+    same: bool = False,
 ) -> list[Document]:
     """A prompt for each example, after `shots` demonstrations drawn from the pool, never of the example's own sample.
 
@@ -32,19 +37,23 @@ def few_shot(
 
     Args:
         key: names an example; up to the first "/" it names the sample (the picture).
+        same: draw once, for all; an example whose own sample was drawn gets the next one in its place.
 
     Raises:
         DataError: the pool is too small.
     """
     prompts = []
+    shuffled = random.Random(seed).sample(pool, len(pool)) if same else pool
+    turn = cache(lambda demo: interface.answer(query(shuffled[demo]), answer(shuffled[demo])))
     for example in examples:
         own = key(example).split("/")[0]
         segments: list[Text | Span] = []
         if shots:
-            others = [other for other in pool if key(other).split("/")[0] != own]
+            candidates = (demo for demo, other in enumerate(shuffled) if key(other).split("/")[0] != own)
+            others = list(islice(candidates, shots if same else None))
             if len(others) < shots:
                 raise DataError(f"{shots} shots need as many samples to draw from besides {own!r}; there are {len(others)}")
-            for demo in random.Random(f"{seed} {key(example)}").sample(others, shots):
-                segments += interface.answer(query(demo), answer(demo))
+            demos = others if same else random.Random(f"{seed} {key(example)}").sample(others, shots)
+            segments = [segment for demo in demos for segment in turn(demo)]
         prompts.append(Document([*segments, *query(example)], key(example)))
     return prompts

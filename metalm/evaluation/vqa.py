@@ -27,6 +27,7 @@ def evaluate_vqa(
     model: str = "",
     shots: int = 0,
     shots_data: str = "",
+    same_shots: bool = False,
     blind: bool = False,
     limit: int = 0,
     seed: int = 0,
@@ -35,6 +36,7 @@ def evaluate_vqa(
 
     Args:
         shots_data: where demonstrations come from; empty: the evaluated shards themselves, other pictures only.
+        same_shots: the same demonstrations before every question, which a batch then reads once.
         blind: blank every picture.
         limit: stop after so many samples; 0 takes all.
 
@@ -53,6 +55,7 @@ def evaluate_vqa(
         key=lambda one: f"{one[0].key}/{one[1].id}",
         interface=predictor.interface,
         seed=seed,
+        same=same_shots,
     )
     answers = predictor(prompts, "answering, blind" if blind else "answering")
     rows = [
@@ -70,7 +73,7 @@ def evaluate_vqa(
     summary = summarize([row.score for row in rows], [row.type for row in rows])
     metrics = {"accuracy": summary["accuracy"], "majority": majority([question for _, question in asked])}
     metrics |= {f"accuracy/{name}": value for name, value in summary["by_type"].items()}
-    config = {"shots": shots, "shots_data": shots_data, "blind": blind, "limit": limit, "seed": seed}
+    config = {"shots": shots, "shots_data": shots_data, "same_shots": same_shots, "blind": blind, "limit": limit, "seed": seed}
     return Result("vqa", metrics, model, data, config | vars(predictor.generation), rows)
 
 

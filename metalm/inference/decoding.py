@@ -1,7 +1,12 @@
 """Prompts that a decoder has read into its key-value cache, and goes on from.
 
 Prompts are laid out at the right end of their rows, so all rows go on at the same place; the padding before them is a document
-of its own, which they neither see nor count in their positions.
+of its own, which they neither see nor count in their positions. What all prompts of a batch begin with, such as worked examples
+or an instruction, is read once.
+
+    shared      an example and its answer        one row, whose keys and values go to all
+    rests       .  .  one  question
+                another  longer  question
 
 Shapes: B rows (prompts x beams), T new tokens, K positions of the cache, V vocabulary.
 """
@@ -9,13 +14,17 @@ Shapes: B rows (prompts x beams), T new tokens, K positions of the cache, V voca
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from metalm.model import MetaLM
 from metalm.nn.attention import KVCache, LayerMasks, Mask, all_of, by_window, causal, same_document, within
-from metalm.segments import Document, load_spans, make_batch
+from metalm.segments import Document, Text, load_spans, make_batch
+
+SHARED = 16  # positions that must be shared to be worth a pass of their own
 
 
 class Decoding:
@@ -27,19 +36,32 @@ class Decoding:
 
     def __init__(self, model: MetaLM, prompts: Sequence[Document], beams: int, capacity: int):
         self.model = model
-        device = next(model.parameters()).device
-        loaded = [load_spans(prompt, model.processors) for prompt in prompts]
-        batch = make_batch([[prompt] for prompt in loaded], model.processors, pad_left=True).to(device)
-        B, self.prompt_length = batch.tokens_BT.shape
-        self.padded = bool((batch.document_BT == 0).any())
+        shared, rests = split_beginning(prompts)
+        self.prompt_length = len(shared) + max(map(len, rests))
         self.cache = KVCache(model.config.decoder.layers, self.prompt_length + capacity)
-        hidden = model.hidden(batch, self.cache)
-        self.logits_BV = model.decoder.logits(hidden[:, -1]).float()
-        new = torch.ones(B, capacity, dtype=torch.long, device=device)
-        self.document_BK = torch.cat([batch.document_BT, new], dim=1)
-        self.position_BK = torch.cat([batch.position_BT, batch.position_BT[:, -1:] + new.cumsum(1)], dim=1)
+        row_B = torch.arange(len(prompts), device=next(model.parameters()).device)
+        self.document_BK = self.position_BK = row_B.new_empty((1 if len(shared) else len(rests), 0))
+        if len(shared):
+            self.read_prompts([shared])
+            self.keep_rows(torch.zeros_like(row_B))
+        self.read_prompts(rests, capacity)
         if beams > 1:
-            self.keep_rows(torch.arange(B, device=device).repeat_interleave(beams))
+            self.keep_rows(row_B.repeat_interleave(beams))
+
+    def read_prompts(self, prompts: Sequence[Document], capacity: int = 0) -> None:
+        """Reads a prompt a row behind what was read already; `logits_BV` then predicts what follows.
+
+        Args:
+            capacity: tokens that may follow.
+        """
+        loaded = [load_spans(prompt, self.model.processors) for prompt in prompts]
+        batch = make_batch([[prompt] for prompt in loaded], self.model.processors, pad_left=True).to(self.document_BK.device)
+        new = self.document_BK.new_ones(len(prompts), capacity)
+        positions_BT = self.cache.length + batch.position_BT
+        self.document_BK = torch.cat([self.document_BK, batch.document_BT, new], dim=1)
+        self.position_BK = torch.cat([self.position_BK, positions_BT, positions_BT[:, -1:] + new.cumsum(1)], dim=1)
+        self.padded = bool((self.document_BK == 0).any())
+        self.logits_BV = self.model.decoder.logits(self.go_on(self.model.embed(batch))[:, -1]).float()
 
     def keep_rows(self, rows: Tensor) -> None:
         """Row b becomes old row `rows[b]`, of as many rows as are listed."""
@@ -53,11 +75,13 @@ class Decoding:
 
     def read(self, tokens_BT: Tensor) -> Tensor:
         """Reads tokens; the logits [B, T, V] of what follows each."""
-        first, T = self.cache.length, tokens_BT.shape[1]
+        return self.model.decoder.logits(self.go_on(self.model.decoder.embed(tokens_BT))).float()
+
+    def go_on(self, x_BTD: Tensor) -> Tensor:
+        """The decoder's states [B, T, D] at the next T positions, which read these vectors."""
+        first, (B, T, _) = self.cache.length, x_BTD.shape
         positions_BT = self.position_BK[:, first : first + T]
-        x_BTD = self.model.decoder.embed(tokens_BT)
-        hidden_BTD = self.model.decoder(x_BTD, positions_BT, self.mask(first, *tokens_BT.shape), self.cache)
-        return self.model.decoder.logits(hidden_BTD).float()
+        return self.model.decoder(x_BTD, positions_BT, self.mask(first, B, T), self.cache)
 
     def step(self, tokens_B: Tensor) -> None:
         """Reads one token a row; `logits_BV` then predicts the next."""
@@ -79,3 +103,29 @@ class Decoding:
             return Mask(predicate, B, T, first + T, self.document_BK.device, first_query=first)
 
         return by_window(windows, make)
+
+
+def split_beginning(prompts: Sequence[Document]) -> tuple[Document, list[Document]]:
+    """What all prompts begin with, empty where that is little, and what is left of each, which is a position at least.
+
+    Spans are alike if they are the same object; the beginning ends behind a text, for spans side by side may read each other.
+    """
+    segments = prompts[0].segments
+    room = min(map(len, prompts)) - 1
+    whole = part = length = 0  # segments that are alike, tokens of the next one that are; positions of the text that ends last
+    for number, column in enumerate(zip(*(prompt.segments for prompt in prompts))):
+        if all(isinstance(segment, Text) for segment in column):
+            same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*(segment.tokens for segment in column)))
+            before = sum(map(len, segments[:number]))
+            alike = min(sum(1 for _ in same), room - before)
+            if alike > 0:
+                whole, part, length = number, alike, before + alike
+            if not all(len(segment) == alike for segment in column):
+                break
+        elif any(segment is not column[0] for segment in column):
+            break
+    if len(prompts) == 1 or length < SHARED:
+        return Document([]), list(prompts)
+    shared = Document([*segments[:whole], Text(segments[whole].tokens[:part])], prompts[0].key)
+    rests = [[Text(p.segments[whole].tokens[part:]), *p.segments[whole + 1 :]] for p in prompts]
+    return shared, [replace(prompt, segments=rest) for prompt, rest in zip(prompts, rests)]

@@ -1,11 +1,12 @@
 """Linear maps with their weights laid out for inference, in place of `nn.Linear`.
 
-A token at a time, a linear map takes as long as its weights take to be read from memory. Two layouts read them faster:
+A token at a time, a linear map takes as long as its weights take to be read from memory. Three layouts read them faster:
 
     PackedLinear    the same numbers in oneDNN's blocked layout, for bfloat16 on CPU: a plain matrix is repacked at every call
     Int8Linear      w_oi ~ scale_o q_oi with q in -127 .. 127, half the bytes of bfloat16; inputs stay as they are
+    Int4Linear      w_oi ~ zero_og + scale_og (q_oi - 8) with q in 0 .. 15, for each group g of inputs; on CPU
 
-Shapes: O outputs, I inputs.
+Shapes: O outputs, I inputs, G groups of inputs.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Weights = Literal["as they are", "int8"]
+Weights = Literal["as they are", "int8", "int4"]
 FEW_ROWS = 16  # up to so many, reading int8 weights costs less than turning them into floats
+GROUPS = (64, 32)  # inputs that share a scale and a zero, the first that divides them all
 
 
 class PackedLinear(nn.Module):
@@ -62,6 +64,51 @@ class Int8Linear(nn.Module):
             return F.linear(x, self.weight, self.bias)
         out = torch._weight_int8pack_mm(flat, self.steps_OI, self.scale_O).view(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias
+
+
+class Int4Linear(nn.Module):
+    """x W^T + b with W rounded to 16 steps for each output and group of inputs, from the least to the largest weight of it.
+
+    Takes 4.5 bits a weight, or 5 in groups of 32. It is a kernel of the CPU; multiples of 16 outputs and 32 inputs suit it.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None):
+        super().__init__()
+        O, I = weight_OI.shape
+        self.group = next(size for size in GROUPS if I % size == 0)
+        grouped_OGI = weight_OI.detach().float().view(O, -1, self.group)
+        low_OG, high_OG = grouped_OGI.amin(-1), grouped_OGI.amax(-1)
+        scale_OG = ((high_OG - low_OG) / 15).clamp(min=torch.finfo(torch.bfloat16).tiny).to(weight_OI.dtype)
+        zero_OG = (low_OG + 8 * scale_OG).to(weight_OI.dtype)  # both as rounded in the weights' type: q makes up for it
+        steps_OGI = (grouped_OGI - zero_OG[..., None]) / scale_OG[..., None] + 8
+        steps_OI = steps_OGI.round().clamp(0, 15).int().view(O, I)
+        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps_OI, 1))
+        self.register_buffer("scales_and_zeros_GO2", torch.stack([scale_OG.T, zero_OG.T], dim=-1).contiguous())
+        self.bias = bias_O
+
+    @staticmethod
+    def suits(weight_OI: Tensor) -> bool:
+        """Whether the kernel takes a matrix of this size, here."""
+        O, I = weight_OI.shape
+        return weight_OI.device.type == "cpu" and O % 16 == 0 and I % GROUPS[-1] == 0 and weight_OI.dtype != torch.float64
+
+    @property
+    def weight(self) -> Tensor:
+        """[O, I]"""
+        I = self.group * len(self.scales_and_zeros_GO2)
+        return self.times(torch.eye(I, dtype=self.scales_and_zeros_GO2.dtype)).T.contiguous()
+
+    def times(self, x_NI: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x_NI, self.packed, self.group, self.scales_and_zeros_GO2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.times(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
+
+
+def int4_or_int8(weight_OI: Tensor, bias_O: Tensor | None = None) -> nn.Module:
+    """A map in 4 bits, or in 8 where its size does not suit those."""
+    return (Int4Linear if Int4Linear.suits(weight_OI) else Int8Linear)(weight_OI, bias_O)
 
 
 def can_pack() -> bool:

@@ -50,8 +50,9 @@ def test_vqa_does_not_depend_on_the_batch_size(run, scenes, generation):
     assert len(set(answers[0])) > 1
 
 
-def test_few_shot_vqa_does_not_depend_on_the_batch_size_either(run, scenes):
-    results = [evaluate_vqa(predictor(run, size), str(scenes / "vqa"), shots=2) for size in (1, 16)]
+@pytest.mark.parametrize("same", [False, True])
+def test_few_shot_vqa_does_not_depend_on_the_batch_size_either(run, scenes, same):
+    results = [evaluate_vqa(predictor(run, size), str(scenes / "vqa"), shots=2, same_shots=same) for size in (1, 16)]
     assert [row.prediction for row in results[0].predictions] == [row.prediction for row in results[1].predictions]
 
 
@@ -86,7 +87,8 @@ def test_a_blank_picture_has_the_size_of_the_picture(scenes):
     assert len(blank.getcolors()) == 1
 
 
-def test_demonstrations_stand_before_the_query_and_never_come_from_its_own_picture(run, scenes):
+@pytest.mark.parametrize("same", [False, True])
+def test_demonstrations_stand_before_the_query_and_never_come_from_its_own_picture(run, scenes, same):
     interface = predictor(run, 1).interface
     asked = read_questions(str(scenes / "vqa"), 0)
     prompts = few_shot(
@@ -97,7 +99,10 @@ def test_demonstrations_stand_before_the_query_and_never_come_from_its_own_pictu
         answer=lambda one: one[1].best_answer,
         key=lambda one: f"{one[0].key}/{one[1].id}",
         interface=interface,
+        same=same,
     )
+    beginnings = {tuple(map(id, prompt.segments[:-1])) for prompt in prompts}
+    assert (len(beginnings) < len(prompts) / 2) == same
     for (sample, question), prompt in zip(asked, prompts):
         kinds = [type(segment) for segment in prompt.segments]
         assert kinds == [Span, Text] * 3 + [Span]

@@ -10,7 +10,7 @@ from tiny_models import tiny_model, unequal_prompts
 
 from metalm.data.prompts import Interface
 from metalm.errors import ConfigError
-from metalm.inference.decoding import Decoding
+from metalm.inference.decoding import Decoding, split_beginning
 from metalm.inference.generate import GenerationConfig, generate
 from metalm.model import MetaLM
 from metalm.segments import Document, Text, load_spans, make_batch
@@ -137,3 +137,50 @@ def test_in_bfloat16_a_cache_in_float32_gives_what_none_gives(model):
             document = load_spans(Document([*prompt.segments, Text([[4, 17, 8][b]] * (t + 1))]), model.processors)
             logits = model.decoder.logits(model.hidden(make_batch([[document]], model.processors))[0, -1])
             assert (decoding.logits_BV[b] - logits).abs().mean() < 0.05 * logits.abs().mean()
+
+
+def alike_prompts(model: MetaLM, begin: int) -> list[Document]:
+    """Unequal prompts after the same beginning: text, a span, text of `begin` tokens."""
+    interface = Interface(None, model.processors, {"text": model.config.encoders["text"].connector}, 64)
+    same = [Text([1, 2]), interface.read_tokens([3, 4, 5]), Text([6 + n % 9 for n in range(begin)], target=False)]
+    rests = [[Text([7])], [interface.read_tokens([8, 9]), Text([10, 11])], [Text([7, 12, 13], target=False)]]
+    return [Document([*same, *rest]) for rest in rests]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("beams", [1, 3])
+def test_what_prompts_begin_with_is_read_once_and_changes_nothing(model, beams):
+    prompts = alike_prompts(model, 20)
+    shared, rests = split_beginning(prompts)
+    assert len(shared) == 25
+    assert list(map(len, rests)) == [1, 4, 3]
+    config = GenerationConfig(10, num_beams=beams)
+    assert generate(model, prompts, END, config) == [generate(model, [prompt], END, config)[0] for prompt in prompts]
+    decoding = Decoding(model, prompts, 1, 4)
+    for token in (3, 8):
+        for b, prompt in enumerate(prompts):
+            alone = Decoding(model, [prompt], 1, 4)
+            if token == 8:
+                alone.step(torch.tensor([3]))
+            torch.testing.assert_close(decoding.logits_BV[b], alone.logits_BV[0], rtol=1e-5, atol=1e-5)
+        decoding.step(torch.tensor([3, 3, 3]))
+
+
+def test_a_beginning_ends_with_what_is_no_longer_alike(model):
+    def positions(prompts):
+        shared, rests = split_beginning(prompts)
+        assert [len(shared) + len(rest) for rest in rests] == list(map(len, prompts))
+        assert all(map(len, rests))
+        return len(shared)
+
+    few, many = alike_prompts(model, 3), alike_prompts(model, 30)
+    assert positions(few) == 0  # it does not repay a pass
+    assert positions(many) == 35
+    assert positions(many[:1]) == 0
+    assert positions([many[0], many[0]]) == 35  # each keeps a position
+    longer = Document([*many[0].segments[:2], Text([*many[0].segments[2].tokens, 7, 7])])
+    assert positions([many[0], longer]) == 35
+    other = alike_prompts(model, 30)[0]  # its span is another object: what is in it is not compared
+    assert positions([many[0], other]) == 0
+    texts = [Document([Text([5] * 40 + [n, 5, 5])]) for n in range(3)]
+    assert positions(texts) == 40
