@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from metalm.encoders.base import BESIDE, layers_up_to
 from metalm.encoders.image import ImageProcessor, ImageTower, TowerConfig
 from metalm.errors import ConfigError
+from metalm.nn.attention import trains_faster_plain
 from metalm.nn.merging import MergingBlocks, mean_keys, tokens_left
 from metalm.registry import did_you_mean
 
@@ -93,6 +94,7 @@ class TimmEncoder(ImageTower):
             )
         self.width = self.model.num_features
         self.skip = getattr(self.model, "num_prefix_tokens", 0)
+        self.fused_attentions = [module for module in self.model.modules() if getattr(module, "fused_attn", False)]
         if config.merge:
             self.model.blocks = merging_blocks(self.model, config, self.skip)
         elif config.activation_checkpointing:
@@ -103,6 +105,10 @@ class TimmEncoder(ImageTower):
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
         x_N3HW = self.normalize(pixels_N3HW)
         if not self.convolutional:
+            *_, weight = self.model.parameters()
+            plain = trains_faster_plain(weight, self.skip + self.model.patch_embed.num_patches)
+            for attention in self.fused_attentions:
+                attention.fused_attn = not plain
             return self.checked(self.model.forward_features(x_N3HW)[:, self.skip :])
         for norm in self.batch_norms():  # statistics must be in the weights' precision (under DeepSpeed they are not)
             if norm.running_mean.dtype != x_N3HW.dtype:

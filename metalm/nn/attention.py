@@ -20,7 +20,8 @@ from torch import Tensor
 
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 CHUNK_SCORES = 1 << 26  # of soft-capped attention, held at a time: 256 MiB in float32
-CHUNK = 256  # queries that the CPU reads together where a mask lets them see few of the keys
+CHUNK = 96  # queries that the CPU reads together where a mask lets them see few of the keys
+SHORT = 640  # keys up to which plain matrix products train faster than the CPU's fused kernel, and their weights fit
 
 
 def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -158,25 +159,17 @@ def attend(
     if isinstance(mask, Mask) and q_BHQD.is_cuda and mask.first_query == 0 and mask.queries >= 256:
         if bias_1HQK is None and dropout == 0.0:
             return compiled_flex_attention()(q_BHQD, k_BGKD, v_BGKD, block_mask=mask.block, enable_gqa=H != G)
-    # The CPU's fused kernel is slow backwards on short bfloat16 rows: 50 ms against 18 ms for 48 rows of 128.
-    if mask != "causal" and q_BHQD.dtype == torch.bfloat16 and q_BHQD.device.type == "cpu" and k_BGKD.shape[2] <= 256:
-        if q_BHQD.requires_grad and bias_1HQK is None and H == G:
-            return _short_rows(q_BHQD, k_BGKD, v_BGKD, mask, dropout)
     if H != G:
         k_BGKD, v_BGKD = (x.repeat_interleave(H // G, dim=1) for x in (k_BGKD, v_BGKD))
-    if isinstance(mask, Mask) and q_BHQD.device.type == "cpu" and bias_1HQK is None and mask.chunks:
-        return torch.cat(
-            [
-                F.scaled_dot_product_attention(
-                    q_BHQD[:, :, q], k_BGKD[:, :, k], v_BGKD[:, :, k], attn_mask=mask.dense[:, :, q, k], dropout_p=dropout
-                )
-                for q, k in mask.chunks
-            ],
-            dim=2,
-        )
+    Q, K = q_BHQD.shape[2], k_BGKD.shape[2]
+    if q_BHQD.device.type == "cpu" and bias_1HQK is None and mask != "causal":
+        parts = mask.chunks if isinstance(mask, Mask) else []
+        longest = max((keys.stop - keys.start for _, keys in parts), default=K)
+        plain = trains_faster_plain(q_BHQD, longest)
+        if plain or parts:
+            return _in_parts(q_BHQD, k_BGKD, v_BGKD, mask, parts or [(slice(0, Q), slice(0, K))], dropout, plain)
     attn_mask = mask.dense if isinstance(mask, Mask) else None
     is_causal = mask == "causal"
-    Q, K = q_BHQD.shape[2], k_BGKD.shape[2]
     if is_causal and (Q != K or bias_1HQK is not None):  # the kernel would count the queries from the first key on
         attn_mask = torch.ones(Q, K, dtype=torch.bool, device=q_BHQD.device).tril(K - Q)
         is_causal = False
@@ -186,13 +179,36 @@ def attend(
     return F.scaled_dot_product_attention(q_BHQD, k_BGKD, v_BGKD, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
 
 
-def _short_rows(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Mask | Literal["full"], dropout: float) -> Tensor:
-    """Attention by plain matrix products."""
-    scores = (q_BHQD * q_BHQD.shape[-1] ** -0.5) @ k_BHKD.transpose(-1, -2)
-    if isinstance(mask, Mask):
-        scores = scores + mask.additive
-    weights = F.dropout(scores.softmax(-1), dropout)
-    return weights @ v_BHKD
+def trains_faster_plain(x: Tensor, keys: int) -> bool:
+    """Whether attention from such inputs to so many keys trains faster by plain matrix products: in bfloat16 the CPU's fused
+    kernel is slow backwards, 32 ms against 7 for 40 rows of 65, 102 against 51 for 4 of 512."""
+    return (
+        x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.is_grad_enabled() and x.requires_grad and keys <= SHORT
+    )
+
+
+def _in_parts(
+    q_BHQD: Tensor,
+    k_BHKD: Tensor,
+    v_BHKD: Tensor,
+    mask: Mask | Literal["full"],
+    parts: Sequence[tuple[slice, slice]],
+    dropout: float,
+    plain: bool,
+) -> Tensor:
+    """Attention of some queries at a time to the keys that any of them sees, by matrix products or the fused kernel."""
+    outputs = []
+    for queries, keys in parts:
+        q, k, v = q_BHQD[:, :, queries], k_BHKD[:, :, keys], v_BHKD[:, :, keys]
+        if plain:
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+            if isinstance(mask, Mask):
+                scores = scores + mask.additive[:, :, queries, keys]
+            outputs.append(F.dropout(scores.softmax(-1), dropout) @ v)
+        else:
+            seen = mask.dense[:, :, queries, keys] if isinstance(mask, Mask) else None
+            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout))
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from metalm.nn.attention import soft_cap
 
-CHUNK_LOGITS = 1 << 24  # logits held at a time: 64 MiB in float32
+CHUNK_LOGITS = 1 << 24  # logits held at a time
+CACHED_LOGITS = 1 << 18  # of them, that the CPU turns into gradients at a time, in float32, while they are in its cache
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -27,23 +28,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=accumulate) if need_weight else None
         for start in range(0, hidden_ND.shape[0], chunk):
             h = hidden_ND[start : start + chunk]
-            t = targets_N[start : start + chunk, None]
-            logits = soft_cap((h @ weight_VD.T).to(accumulate), softcap)
-            slope = 1 - (logits / softcap).square() if softcap else None  # of the cap
-            normaliser = logits.logsumexp(dim=1, keepdim=True)
-            nats_N[start : start + chunk] = (normaliser - logits.gather(1, t))[:, 0]
-            if need_hidden or need_weight:
-                grad = logits.sub_(normaliser).exp_()
-                grad.scatter_add_(1, t, torch.full_like(grad[:, :1], -1.0))
-                if slope is not None:
-                    grad *= slope
-                if importance_N is not None:
-                    grad *= importance_N[start : start + chunk, None]
-                grad = grad.to(h.dtype)
-                if need_hidden:
-                    grad_hidden[start : start + chunk] = grad @ weight_VD
-                if need_weight:
-                    grad_weight += grad.T @ h
+            grad = h @ weight_VD.T  # logits as yet
+            block = max(1, CACHED_LOGITS // weight_VD.shape[0]) if h.device.type == "cpu" else chunk
+            for first in range(start, start + len(h), block):
+                these = slice(first, min(first + block, start + len(h)))
+                scores, t = grad[first - start : these.stop - start], targets_N[these, None]
+                logits = soft_cap(scores.to(accumulate), softcap)
+                slope = 1 - (logits / softcap).square() if softcap else None  # of the cap
+                logp = logits.log_softmax(dim=1)
+                nats_N[these] = -logp.gather(1, t)[:, 0]
+                if need_hidden or need_weight:
+                    logp.exp_().scatter_add_(1, t, torch.full_like(logp[:, :1], -1.0))
+                    if slope is not None:
+                        logp *= slope
+                    if importance_N is not None:
+                        logp *= importance_N[these, None]
+                    scores.copy_(logp)
+            if need_hidden:
+                grad_hidden[start : start + chunk] = grad @ weight_VD
+            if need_weight:
+                grad_weight += grad.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight_VD.dtype
         ctx.mark_non_differentiable(nats_N)

@@ -317,3 +317,25 @@ def test_a_source_that_is_no_model_of_timm_is_refused(tmp_path, monkeypatch, nam
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(ConfigError, match=message):
         make(VIT, name=name.format(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_towers_train_in_bfloat16_by_the_attention_that_is_faster_then(name):
+    """On a CPU: matrix products in training, the fused kernel otherwise; the same states to bfloat16's rounding."""
+    size = 32 if "16" in name else 28
+    heads = {"arguments": {"depth": 2, "embed_dim": 24, "num_heads": 2}}
+    tower = make(VIT | {"name": name, "image_size": size} | heads)
+    pixels = tower.processor.collate([tower.processor.load({"image": picture(40, 40)})]).inputs["pixels_N3HW"]
+    with torch.no_grad():
+        exact = tower(pixels)
+    tower.bfloat16()
+    states = {}
+    for trained in (True, False):
+        with torch.set_grad_enabled(trained):
+            states[trained] = tower(pixels)
+        assert {block.attn.fused_attn for block in tower.model.blocks} == {not trained}
+        torch.testing.assert_close(states[trained].float(), exact, rtol=0.1, atol=0.1)
+    assert states[True].requires_grad
+    tower.requires_grad_(False)
+    tower(pixels)
+    assert all(block.attn.fused_attn for block in tower.model.blocks)

@@ -133,10 +133,15 @@ def test_flex_attention_takes_the_same_mask(groups):
     torch.testing.assert_close(out, attend(q, k, v, mask), atol=2e-6, rtol=1e-5)
 
 
-def test_short_rows_are_attention():
-    """The CPU's own path for short bfloat16 rows, here in float64: values and gradients of the kernel it stands in for."""
+WHOLE, HALVES = [(slice(0, 8), slice(0, 8))], [(slice(0, 4), slice(0, 4)), (slice(4, 8), slice(0, 8))]
+
+
+@pytest.mark.parametrize("parts", [WHOLE, HALVES], ids=["whole", "halves"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_parts_are_attention(parts, plain):
+    """The CPU's own ways for short bfloat16 rows, here in float64: values and gradients of the kernel they stand in for."""
     ours, theirs = ([x.requires_grad_() for x in qkv()] for _ in range(2))
-    out = attention._short_rows(*ours, causal_documents(), 0.0)
+    out = attention._in_parts(*ours, causal_documents(), parts, 0.0, plain)
     expected = F.scaled_dot_product_attention(*theirs, attn_mask=causal_documents().dense)
     torch.testing.assert_close(out, expected)
     weight = draw(*out.shape, seed=5)
@@ -145,15 +150,19 @@ def test_short_rows_are_attention():
 
 
 def test_short_bfloat16_rows_take_that_path_and_agree(monkeypatch):
-    calls = []
-    short_rows = attention._short_rows
-    monkeypatch.setattr(attention, "_short_rows", lambda *args: calls.append(1) or short_rows(*args))
+    plain = []
+    in_parts = attention._in_parts
+    monkeypatch.setattr(attention, "_in_parts", lambda *args: plain.append(args[-1]) or in_parts(*args))
     q, k, v = qkv(dtype=torch.bfloat16, D=32)
     exact = attend(*(x.double() for x in (q, k, v)), causal_documents())
     trained = attend(q.requires_grad_(), k, v, causal_documents())
-    assert calls == [1]
+    assert plain == [True]
     read = attend(q.detach(), k, v, causal_documents())
-    assert calls == [1]
+    with torch.no_grad():
+        attend(q, k, v, causal_documents())
+    monkeypatch.setattr(attention, "SHORT", 7)
+    attend(q, k, v, causal_documents())
+    assert plain == [True]
     assert trained.dtype == torch.bfloat16
     # bfloat16 has 8 bits: 2^-8 of values around 1, through two products.
     torch.testing.assert_close(trained.double(), exact, atol=0.03, rtol=0.03)
@@ -166,7 +175,7 @@ def test_dropout_keeps_the_expectation(short):
     copies = 2000
     q, k, v = (x.repeat(copies, 1, 1, 1) for x in qkv())
     mask = causal_documents(DOCUMENTS.repeat(copies, 1))
-    out = attention._short_rows(q, k, v, mask, 0.3) if short else attend(q, k, v, mask, dropout=0.3)
+    out = attention._in_parts(q, k, v, mask, HALVES, 0.3, True) if short else attend(q, k, v, mask, dropout=0.3)
     assert out[:2].ne(out[2:4]).any()
     mean = out.view(copies, 2, *out.shape[1:]).mean(0)
     torch.testing.assert_close(mean, attend(*qkv(), causal_documents()), atol=0.1, rtol=0)

@@ -20,6 +20,7 @@ def problem(N=11, D=5, V=7, dtype=torch.float64):
 @pytest.mark.parametrize("logits_at_a_time", [1, 7, 21, 76, 77, 1 << 24])
 def test_equals_dense_cross_entropy(monkeypatch, logits_at_a_time):
     monkeypatch.setattr(losses, "CHUNK_LOGITS", logits_at_a_time)  # chunks of 1, 1, 3, 10, 11 and all positions
+    monkeypatch.setattr(losses, "CACHED_LOGITS", logits_at_a_time // 2)
     hidden, weight, targets = problem()
     loss = linear_cross_entropy(hidden, weight, targets)
     dense = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
@@ -33,6 +34,7 @@ def test_equals_dense_cross_entropy(monkeypatch, logits_at_a_time):
 @pytest.mark.parametrize("logits_at_a_time", [21, 1 << 24])
 def test_targets_count_by_their_weights(monkeypatch, logits_at_a_time):
     monkeypatch.setattr(losses, "CHUNK_LOGITS", logits_at_a_time)
+    monkeypatch.setattr(losses, "CACHED_LOGITS", logits_at_a_time // 2)
     hidden, weight, targets = problem()
     importance = torch.rand(len(targets), dtype=torch.float64)
     loss, nats = weighted_cross_entropy(hidden, weight, targets, importance)
@@ -47,6 +49,7 @@ def test_targets_count_by_their_weights(monkeypatch, logits_at_a_time):
 @pytest.mark.parametrize("logits_at_a_time", [21, 1 << 24])
 def test_capped_logits_and_their_gradients_are_those_of_the_dense_form(monkeypatch, logits_at_a_time):
     monkeypatch.setattr(losses, "CHUNK_LOGITS", logits_at_a_time)
+    monkeypatch.setattr(losses, "CACHED_LOGITS", logits_at_a_time // 2)
     hidden, weight, targets = problem()
     loss = linear_cross_entropy(hidden, weight, targets, softcap=2.0)
     dense = F.cross_entropy(2 * torch.tanh(hidden @ weight.T / 2), targets, reduction="sum")
