@@ -4,11 +4,14 @@
 
 `fixed`: 16 documents of 64 patches + 64 text tokens for both, one a row of 128. `captions`: 64 patches and a caption with the
 lengths of Flickr8k; the peer pads 32 pairs to the longest, METALM packs as many into 20 rows of 160 as its data stream would,
-two a row, whose attention is cheap; useful positions count, padding does not. Forward, backward, and the same AdamW on
-float32 master weights for both; data are in memory. The ratio is the median over rounds of METALM's rate to the peer's in
-that round, so that whatever else runs on the machine hits both. `cpu_ratio` is the same in processor time: with `--threads 1`
-it hardly depends on the other load at all (more threads wait for each other in a loop that counts as work). `--compile` is
-METALM as `training.compile` runs it; the peer stays as its `Trainer` runs it by default.
+two a row, whose attention is cheap; useful positions count, padding does not. `pictures`: 32 pictures with five such captions
+each, as Flickr8k has them. METALM reads a picture once and lets its captions branch off, which is the loss and the gradients of
+a document each (`metalm.segments`); the peer has a row for each of 32 captions; captions count. Forward, backward, and the same
+AdamW on float32 master weights for both; data are in memory. The ratio is the median over rounds of METALM's rate to the peer's
+in that round, so that whatever else runs on the machine hits both. `cpu_ratio` is the same in processor time: with `--threads
+1` it hardly depends on the other load at all (more threads wait for each other in a loop that counts as work). `--compile` is
+METALM as `training.compile` runs it; the peer stays as its `Trainer` runs it by default. `mfu` is the share of the rate of a
+large matrix product that the FLOPs of METALM's own products make, counted by torch without the optimizer.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from statistics import median
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.mfu import matrix_rate
 from benchmarks.mixed_precision import MasterAdamW
 from benchmarks.peer_llava import TEXT, VISION, VOCABULARY, build_llava, num_parameters
 from metalm.config import build
@@ -32,6 +37,7 @@ from metalm.training.compiling import compile_blocks
 
 PATCHES = (VISION["image_size"] // VISION["patch_size"]) ** 2
 IMAGE_TOKEN = VOCABULARY - 1
+CAPTIONS = 5  # a picture
 # Captions of Flickr8k's training split by their number of BPE tokens (vocabulary 8,192, end token included), per mille.
 CAPTION_LENGTHS = {
     5: 4, 6: 9, 7: 25, 8: 52, 9: 78, 10: 90, 11: 103, 12: 107, 13: 104, 14: 95, 15: 79, 16: 70, 17: 50, 18: 38, 19: 28,
@@ -71,18 +77,24 @@ def build_metalm(seed: int = 0) -> MetaLM:
     return MetaLM(build(MetaLMConfig, config, "benchmark"))
 
 
+def noise_image() -> Span:
+    side = VISION["image_size"]
+    return Span("image", {"image": torch.randint(256, (3, side, side), dtype=torch.uint8)}, PATCHES)
+
+
+def random_text(length: int) -> Text:
+    return Text(torch.randint(IMAGE_TOKEN, (length,)).tolist())
+
+
 def random_documents(lengths: list[int]) -> list[Document]:
     """An image of noise and a text of random tokens of each length."""
-    side = VISION["image_size"]
-    return [
-        Document(
-            [
-                Span("image", {"image": torch.randint(256, (3, side, side), dtype=torch.uint8)}, PATCHES),
-                Text(torch.randint(IMAGE_TOKEN, (length,)).tolist()),
-            ]
-        )
-        for length in lengths
-    ]
+    return [Document([noise_image(), random_text(length)]) for length in lengths]
+
+
+def branching_documents(lengths: list[int]) -> list[Document]:
+    """An image of noise for every `CAPTIONS` of the texts, which branch off from it."""
+    texts = [[random_text(length)] for length in lengths]
+    return [Document([noise_image()], branches=texts[n : n + CAPTIONS]) for n in range(0, len(texts), CAPTIONS)]
 
 
 def packed(model: MetaLM, documents: list[Document], row_length: int, rows: int) -> Batch:
@@ -156,28 +168,34 @@ def compare(
 
 
 def measure(rounds: int = 5, steps: int = 1, compiled: bool = False) -> dict[str, dict[str, float]]:
-    """Both comparisons by name, with the parameters and the share of useful positions of either side."""
-    metalm = build_metalm().bfloat16()
+    """The comparisons by name, with the parameters and the share of useful positions of either side."""
+    metalm, plain = (build_metalm().bfloat16() for _ in range(2))
     if compiled:
         compile_blocks(metalm)
     results = {}
+    rate = matrix_rate(torch.device("cpu"), 1024)
     torch.manual_seed(0)
     fixed = random_documents([64] * 16)
     peer = build_llava(VISION, TEXT, VOCABULARY, IMAGE_TOKEN, tied=True).bfloat16()
     parameters = {"metalm_parameters": num_parameters(metalm), "peer_parameters": num_parameters(peer)}
     mix = random.Random(0).choices(list(CAPTION_LENGTHS), list(CAPTION_LENGTHS.values()), k=512)
-    captioned = random_documents(mix)
+    captioned, branching = random_documents(mix), branching_documents(mix[: 32 * CAPTIONS])
     for name, batch, inputs in (
         ("fixed", packed(metalm, fixed, 128, 16), padded(fixed)),
         ("captions", packed(metalm, captioned, 160, 20), padded(captioned[:32])),
+        ("pictures", packed(metalm, branching, 384, len(branching)), padded(captioned[:32])),
     ):
-        useful = (batch.num_positions, int(inputs["attention_mask"].sum()))
+        with FlopCounterMode(display=False) as counter:
+            (plain(batch) / batch.num_targets).backward()
+        positions = (batch.num_positions, int(inputs["attention_mask"].sum()))
+        useful = (len(mix[: 32 * CAPTIONS]), len(inputs["input_ids"])) if name == "pictures" else positions
         shares = {
-            "metalm_useful": useful[0] / batch.tokens_BT.numel(),
-            "peer_useful": useful[1] / inputs["input_ids"].numel(),
+            "metalm_useful": positions[0] / batch.tokens_BT.numel(),
+            "peer_useful": positions[1] / inputs["input_ids"].numel(),
         }
         timed = compare(metalm_step(metalm, batch), llava_step(peer, inputs), useful, rounds, steps)
-        results[name] = timed | parameters | shares
+        mfu = counter.get_total_flops() * timed["metalm"] / useful[0] / rate
+        results[name] = timed | parameters | shares | {"mfu": mfu}
     return results
 
 
@@ -191,10 +209,14 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     for name, result in measure(arguments.rounds, arguments.steps, arguments.compile).items():
-        print(f"{name}: METALM {result['ratio']:.2f} x LLaVA ({result['cpu_ratio']:.2f} in processor time)")
+        print(
+            f"{name}: METALM {result['ratio']:.2f} x LLaVA ({result['cpu_ratio']:.2f} in processor time), "
+            f"{result['mfu']:.1%} of the matrix rate"
+        )
+        counted = "captions/s" if name == "pictures" else "useful positions/s"
         for side in ("metalm", "peer"):
             print(
-                f"  {side:6s} {result[side]:7,.0f} useful positions/s  {result[f'{side}_parameters']:,} parameters  "
+                f"  {side:6s} {result[side]:7,.0f} {counted}  {result[f'{side}_parameters']:,} parameters  "
                 f"{result[f'{side}_useful']:.1%} of the positions useful"
             )
 

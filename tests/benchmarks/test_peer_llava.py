@@ -24,7 +24,7 @@ from benchmarks.peer_llava import (
 from metalm.data.sample import Sample
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError
-from metalm.segments import IGNORE
+from metalm.segments import IGNORE, Document
 
 TINY_VISION = VISION | {"hidden_size": 24, "num_hidden_layers": 1, "intermediate_size": 48, "image_size": 32}
 TINY_TEXT = TEXT | {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -93,6 +93,18 @@ def test_both_sides_get_the_same_documents():
     inputs = train_step.padded(documents)
     assert sorted(batch.targets_L.tolist()) == sorted(inputs["labels"][inputs["labels"] != IGNORE].tolist())
     assert batch.num_positions == inputs["attention_mask"].sum() == 3 * 64 + 21
+
+
+def test_captions_that_branch_off_are_the_captions():
+    torch.manual_seed(0)
+    documents = train_step.branching_documents([5, 9, 7, 6, 8, 4, 5])
+    assert [len(document.branches) for document in documents] == [5, 2]
+    model = train_step.build_metalm().eval()
+    separate = [Document([*one.segments, *branch]) for one in documents for branch in one.branches]
+    branching, apart = (train_step.packed(model, these, 128, 8) for these in (documents, separate))
+    assert sorted(branching.targets_L.tolist()) == sorted(apart.targets_L.tolist())
+    with torch.no_grad():
+        torch.testing.assert_close(model(branching), model(apart))
 
 
 def test_small_updates_are_not_lost_in_bfloat16():
