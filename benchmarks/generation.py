@@ -51,6 +51,7 @@ QUESTION, CHOICES, ANSWER = 12, 4, 4
 BATCHES = (1, 8)
 GUESSES, AGREED = 4, (0.6, 0.8)
 SHOTS, QUESTIONS = 4, 8
+WEIGHTS: dict[str, Weights] = {"bfloat16": "as they are", "w8a8": "w8a8", "int8": "int8", "int4": "int4"}
 
 
 def make_llama(shape: dict | None = None, seed: int = 0) -> nn.Module:
@@ -118,7 +119,7 @@ def measure(rounds: int = 5) -> dict[str, dict[str, float]]:
     llama = llama.bfloat16()
     theirs = {rows: written_by_peer(llama, prompts[rows]) for rows in BATCHES}
     results = {}
-    for name, weights in (("bfloat16", "as they are"), ("int8", "int8"), ("int4", "int4")):
+    for name, weights in WEIGHTS.items():
         model = ours_of(llama, torch.bfloat16, weights)
         for rows in BATCHES:
             ours, peer = partial(written, model, prompts[rows]), partial(written_by_peer, llama, prompts[rows])
@@ -149,7 +150,7 @@ def measure_drafts(llama: nn.Module, rounds: int) -> dict[str, dict[str, float]]
     small = TEXT | {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 688}
     results = {}
     prompt_1T = prompts_of(1)
-    for name, weights in (("bfloat16", "as they are"), ("int8", "int8")):
+    for name, weights in list(WEIGHTS.items())[:2]:
         model = ours_of(llama, torch.bfloat16, weights)
         draft = ours_of(make_llama(small).bfloat16(), torch.bfloat16, weights)
         text = written(model, prompt_1T, NEW + GUESSES + 1)[0]

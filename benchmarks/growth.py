@@ -1,17 +1,22 @@
-"""How the cost of a training step grows with length, images, rows, vocabulary and GPUs: a table and a plot.
+"""How the cost of a training step grows with length, images, rows, vocabulary, processes and GPUs: a table and a plot.
 
     python -m benchmarks.growth [--rounds 3] [--threads 2] [--longest 16384] [--out runs/bench]
 
 A small model (ViT of 4 layers, 192 wide; decoder of 4 layers, 256 wide), bfloat16, forward and backward, one quantity at a
 time, the others held. `each` is the time a position (a text's, an image's, a target's): where it leaves the least of its
-curve by half, growth has ceased to be linear. The last curve is no measurement but `zero_efficiency`, with the measured
-seconds of a step and the parameters of a model put in.
+curve by half, growth has ceased to be linear. Processes, with a thread each, are runs of the demo's pretraining under each ZeRO
+stage: what share of twice one process's positions/s two reach. The curve of GPUs is no measurement but `zero_efficiency`, with
+the measured seconds of a step and the parameters of a model put in.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,6 +118,20 @@ def measure(rounds: int = 3, longest: int = 16384) -> list[dict]:
     return points
 
 
+def processes(rounds: int, counts: tuple[int, ...] = (1, 2), stages: tuple[int, ...] = (0, 2, 3)) -> dict[int, list[float]]:
+    """By ZeRO stage the positions/s of so many processes together, each with a thread and 24 rows of its own."""
+    rates: dict[int, list[float]] = {stage: [] for stage in stages}
+    for stage, count in ((stage, count) for stage in stages for count in counts):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        run = ["-m", "benchmarks.mfu", "demo/pretrain.yaml", "data.rows=24", f"training.deepspeed=zero{stage}"]
+        command = [*launcher, *run, f"--rounds={rounds}", "--steps=2"]
+        out = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True)
+        each = [float(rate.replace(",", "")) for rate in re.findall(r"([\d,]+) positions/s", out.stdout)]
+        rates[stage].append(sum(each))
+        print(f"{count} processes, ZeRO-{stage}: {sum(each):,.0f} positions/s", flush=True)
+    return rates
+
+
 def zero_efficiency(
     gpus: int, stage: int, parameters: float, step_seconds: float, inside: float = 450e9, between: float = 50e9
 ) -> float:
@@ -179,7 +198,8 @@ def main() -> None:
         for count in (8, 16, 32, 64, 128, 256, 512, 1024)
     ]
     plot(points, gpus, arguments.out / "growth.png")
-    (arguments.out / "growth.json").write_text(json.dumps(points, indent=1))
+    rates = processes(arguments.rounds)
+    (arguments.out / "growth.json").write_text(json.dumps({"points": points, "processes": rates}, indent=1))
     table = Table(title=f"{torch.get_num_threads()} threads")
     for column in ("curve", "size", "seconds", "each, µs"):
         table.add_column(column, justify="left" if column == "curve" else "right")
@@ -189,6 +209,8 @@ def main() -> None:
     console.print(table)
     for name, size in bends(points).items():
         console.print(f"{name}: " + (f"no longer linear from {size:,} on" if size else "linear throughout"))
+    for stage, (one, two) in rates.items():
+        console.print(f"ZeRO-{stage}: two processes reach {two / (2 * one):.0%} of twice one's positions/s")
     for count, stage, share in gpus:
         if count in (8, 64, 1024):
             console.print(f"ZeRO-{stage} on {count:,} GPUs: at least {share:.0%} of the time computing")

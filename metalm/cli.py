@@ -102,7 +102,8 @@ def evaluate(
     forward_only: Annotated[bool, typer.Option("--forward-only", help="Infilling: write from the prefix on alone.")] = False,
     limit: Annotated[int, typer.Option(help="Evaluate so many samples only; 0: all.")] = 0,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 (faster, rounding depends on the batch), int8 or int4 (weights rounded).")
+        str,
+        typer.Option(help="float32, bfloat16 (faster, rounding depends on the batch), int8 or int4 (weights rounded), w8a8."),
     ] = "float32",
     draft: Annotated[str, typer.Option(help=DRAFT)] = "",
     seed: Annotated[int, typer.Option(help="Seed of the draw of worked examples.")] = 0,
@@ -272,7 +273,7 @@ def generate(
     choice: Annotated[
         list[str] | None, typer.Option(help="Write nothing, and say how likely this answer is; several are compared.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8 or int4 (weights rounded).")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8 or int4 (weights rounded), w8a8 (products).")] = "float32",
     draft: Annotated[str, typer.Option(help=DRAFT)] = "",
     guesses: Annotated[int, typer.Option(help="Tokens that the draft guesses at a time.")] = 4,
 ) -> None:

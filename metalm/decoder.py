@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from metalm.errors import ConfigError
 from metalm.nn.attention import KVCache, LayerMasks, Mask, all_of, by_window, causal, soft_cap, within
 from metalm.nn.freezing import Trainable
-from metalm.nn.linear import Int8Linear, PackedLinear, Weights, can_pack, int4_or_int8, replace_linear
+from metalm.nn.linear import (
+    Int8Linear,
+    Int8Products,
+    PackedLinear,
+    Weights,
+    can_pack,
+    has_fbgemm,
+    int4_or_int8,
+    replace_linear,
+)
 from metalm.nn.transformer import Attends, TextStackConfig, Transformer, init_weights
 
 
@@ -100,16 +109,18 @@ class CausalDecoder(nn.Module):
 
         Args:
             weights: "int8" rounds them (`metalm.nn.linear`), and where they are tied the embeddings with them; so does
-                "int4", to 4 bits in the blocks and to 8 in the softmax.
+                "int4", to 4 bits in the blocks and to 8 in the softmax; "w8a8" rounds inputs, too.
 
         Raises:
-            ConfigError: weights of 4 bits, which are read on the CPU, on another device.
+            ConfigError: this device, or this build of torch, does not have the products.
         """
         weight_VD = self.softmax_weight
-        if weights == "int4" and weight_VD.device.type != "cpu":
-            raise ConfigError(f"int4 weights are for the CPU, this is {weight_VD.device.type}: take int8")
+        if weights in ("int4", "w8a8") and weight_VD.device.type != "cpu":
+            raise ConfigError(f"{weights} is for the CPU, this is {weight_VD.device.type}: take int8")
+        if weights == "w8a8" and not has_fbgemm():
+            raise ConfigError(f"w8a8 needs FBGEMM, this torch has {torch.backends.quantized.engine}: take int8")
         if weights != "as they are":
-            make: type[nn.Module] = Int8Linear
+            make: type[nn.Module] = Int8Products if weights == "w8a8" else Int8Linear
         elif weight_VD.device.type == "cpu" and weight_VD.dtype == torch.bfloat16 and can_pack():
             make = PackedLinear
         else:

@@ -33,7 +33,7 @@ def evaluate_perplexity(
         name: an export, a run, or a Hub id.
         length: tokens of a piece; 0 takes the decoder's `max_positions`.
         limit: stop after so many samples; 0 takes all.
-        dtype: float32, bfloat16, or int8 or int4, the decoder's weights rounded to it.
+        dtype: float32, bfloat16, int8, int4 or w8a8, see `Predictor.load`.
 
     Raises:
         ConfigError: the model has no decoder.

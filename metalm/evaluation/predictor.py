@@ -49,7 +49,7 @@ class Predictor:
 
         Args:
             dtype: float32, bfloat16, or int8 or int4: the decoder's weights rounded to it (`metalm.nn.linear`), all else
-                bfloat16.
+                bfloat16; or w8a8: products of integers.
             draft: another run with the same tokenizer, or how many of the model's first layers, that guess ahead.
 
         Raises:
@@ -97,11 +97,12 @@ class Predictor:
 
 def load_decoding(name: str | Path, dtype: str, device: str) -> tuple[MetaLM, Tokenizer]:
     """A model whose decoder is laid out for inference, and its tokenizer."""
-    if dtype not in ("float32", "bfloat16", "int8", "int4"):
-        raise ConfigError(f"dtype {dtype!r}: float32, bfloat16, int8 or int4")
+    rounded = ("int8", "int4", "w8a8")
+    if dtype not in ("float32", "bfloat16", *rounded):
+        raise ConfigError(f"dtype {dtype!r}: float32, bfloat16, int8, int4 or w8a8")
     model, tokenizer = load_pretrained(name, torch.float32 if dtype == "float32" else torch.bfloat16)
     if not isinstance(model, MetaLM):
         raise ConfigError(f"{name} holds the model {model.config.type!r}, which has no decoder to answer with")
     model.to(device)
-    model.decoder.prepare_for_inference(dtype if dtype in ("int8", "int4") else "as they are")
+    model.decoder.prepare_for_inference(dtype if dtype in rounded else "as they are")
     return model, tokenizer

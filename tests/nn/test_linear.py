@@ -9,7 +9,19 @@ from tiny_models import tiny_model
 from torch import nn
 
 from metalm.errors import ConfigError
-from metalm.nn.linear import FEW_ROWS, Int4Linear, Int8Linear, PackedLinear, int4_or_int8
+from metalm.nn import linear as layouts
+from metalm.nn.linear import (
+    FEW_INT8_ROWS,
+    FEW_ROWS,
+    Int4Linear,
+    Int8Linear,
+    Int8Products,
+    PackedLinear,
+    has_fbgemm,
+    int4_or_int8,
+)
+
+needs_fbgemm = pytest.mark.skipif(not has_fbgemm(), reason="this torch has no FBGEMM")
 
 
 def weights(outputs: int, inputs: int, dtype: torch.dtype):
@@ -29,6 +41,47 @@ def test_packed_weights_give_what_plain_ones_give(rows, with_bias):
     )
 
 
+@needs_fbgemm
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_few_rows_are_read_in_float16_and_multiplied_in_float32(dtype, with_bias):
+    weight, bias = weights(24, 40, torch.bfloat16)
+    packed, x = PackedLinear(weight, bias if with_bias else None), torch.randn(2, FEW_ROWS // 2, 40).to(dtype)
+    exact = F.linear(x.double(), weight.double(), bias.double() if with_bias else None).to(dtype)
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
+    torch.testing.assert_close(packed(x), exact, rtol=rounding, atol=1e-5)
+
+
+@pytest.mark.parametrize("reason", ["no FBGEMM", "beyond float16"])
+def test_where_float16_cannot_be_the_other_layout_serves_all(monkeypatch, reason):
+    weight, _ = weights(24, 40, torch.bfloat16)
+    if reason == "beyond float16":
+        weight[3, 5] = 70000
+    else:
+        monkeypatch.setattr(layouts, "has_fbgemm", lambda: False)
+    packed, x = PackedLinear(weight), torch.randn(2, 40).bfloat16()
+    assert packed.half is None
+    torch.testing.assert_close(packed(x).float(), F.linear(x.float(), weight.float()), rtol=1e-2, atol=5e-2)
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_products_of_integers_are_half_a_step_of_each_row_away_at_most(dtype, with_bias):
+    weight, bias = weights(24, 40, dtype)
+    linear = Int8Products(weight, bias if with_bias else None)
+    step_O = weight.double().abs().amax(1) / 127
+    rounding = {torch.bfloat16: 2**-8, torch.float32: 2**-20}[dtype] * weight.double().abs()
+    assert ((linear.weight.double() - weight.double()).abs() <= step_O[:, None] / 2 + rounding).all()
+    x = (torch.randn(2, 7, 40) * torch.logspace(-3, 3, 7)[:, None]).to(dtype)  # each row has a scale of its own
+    rounded_OI = (linear.weight.double() / step_O[:, None]).round() * step_O[:, None]
+    exact = F.linear(x.double(), rounded_OI, bias.double() if with_bias else None)
+    step = 2.02 * x.double().abs().amax(-1, keepdim=True) / (127 if linear.fewer_bits else 255)
+    allowed = step / 2 * rounded_OI.abs().sum(1) + 2**-7 * exact.abs() + 1e-6
+    assert ((linear(x).double() - exact).abs() <= allowed).all()
+    assert ((linear(x).double() - exact).abs() > allowed / 1000).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_int8_weights_are_half_a_step_away_at_most(dtype):
     weight, _ = weights(24, 40, dtype)
@@ -44,17 +97,20 @@ def test_int8_weights_are_half_a_step_away_at_most(dtype):
 def test_reading_int8_weights_equals_turning_them_into_floats(dtype, with_bias):
     weight, bias = weights(32, 64, dtype)
     linear = Int8Linear(weight, bias if with_bias else None)
-    x = torch.randn(FEW_ROWS + 1, 64).to(dtype)
+    x = torch.randn(FEW_INT8_ROWS + 1, 64).to(dtype)
     expected = F.linear(x.double(), linear.steps_OI * linear.scale_O.double()[:, None], bias.double() if with_bias else None)
     tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(linear(x).double(), expected, **tolerance)  # as floats
     torch.testing.assert_close(linear(x[:-1].view(2, -1, 64)).flatten(0, 1).double(), expected[:-1], **tolerance)  # as they are
 
 
-@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear, pytest.param(Int8Products, marks=needs_fbgemm)])
 def test_a_row_of_zeros_stays_one(kind):
     linear = kind(torch.zeros(16, 32))
     assert torch.equal(linear(torch.ones(1, 32)), torch.zeros(1, 16))
+    if kind is Int8Products:
+        linear = kind(torch.ones(16, 32))
+        assert torch.equal(linear(torch.zeros(1, 32)), torch.zeros(1, 16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -88,10 +144,17 @@ def test_maps_that_do_not_suit_4_bits_take_8():
         assert isinstance(int4_or_int8(torch.randn(*size)), Int8Linear)
 
 
-def test_int4_on_another_device_is_refused():
+@pytest.mark.parametrize("weights", ["int4", "w8a8"])
+def test_products_of_the_cpu_are_refused_on_another_device(weights):
     decoder = tiny_model(30).to("meta").decoder
-    with pytest.raises(ConfigError, match="int4 weights are for the CPU, this is meta"):
-        decoder.prepare_for_inference("int4")
+    with pytest.raises(ConfigError, match=f"{weights} is for the CPU, this is meta: take int8"):
+        decoder.prepare_for_inference(weights)
+
+
+def test_w8a8_is_refused_without_its_products(monkeypatch):
+    monkeypatch.setattr("metalm.decoder.has_fbgemm", lambda: False)
+    with pytest.raises(ConfigError, match="w8a8 needs FBGEMM"):
+        tiny_model(30).decoder.prepare_for_inference("w8a8")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -103,6 +166,8 @@ def test_int4_on_another_device_is_refused():
         (torch.float32, Int8Linear),
         (torch.float32, Int4Linear),
         (torch.bfloat16, Int4Linear),
+        pytest.param(torch.float32, Int8Products, marks=needs_fbgemm),
+        pytest.param(torch.bfloat16, Int8Products, marks=needs_fbgemm),
     ],
 )
 def test_a_decoder_is_laid_out_as_a_whole(dtype, kind, tied):
@@ -110,9 +175,9 @@ def test_a_decoder_is_laid_out_as_a_whole(dtype, kind, tied):
     tokens, positions = torch.arange(12).view(2, 6), torch.arange(6).expand(2, 6)
     with torch.no_grad():
         before = decoder.logits(decoder(decoder.embed(tokens), positions))
-        decoder.prepare_for_inference({Int8Linear: "int8", Int4Linear: "int4"}.get(kind, "as they are"))
+        decoder.prepare_for_inference({Int8Linear: "int8", Int4Linear: "int4", Int8Products: "w8a8"}.get(kind, "as they are"))
         after = decoder.logits(decoder(decoder.embed(tokens), positions))
-    kinds = nn.Linear | PackedLinear | Int8Linear | Int4Linear
+    kinds = nn.Linear | PackedLinear | Int8Linear | Int4Linear | Int8Products
     maps = [module for module in decoder.modules() if isinstance(module, kinds)]
     assert {type(module) for module in maps} == ({Int4Linear, Int8Linear} if kind is Int4Linear else {kind})
     assert len(maps) == 2 * 4 + (not tied or kind is not nn.Linear)
