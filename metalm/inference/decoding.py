@@ -61,7 +61,9 @@ class Decoding:
         self.document_BK = torch.cat([self.document_BK, batch.document_BT, new], dim=1)
         self.position_BK = torch.cat([self.position_BK, positions_BT, positions_BT[:, -1:] + new.cumsum(1)], dim=1)
         self.padded = bool((self.document_BK == 0).any())
-        self.logits_BV = self.model.decoder.logits(self.go_on(self.model.embed(batch))[:, -1]).float()
+        B, T = batch.tokens_BT.shape
+        last_B = torch.arange(1, B + 1, device=new.device) * T - 1
+        self.logits_BV = self.model.decoder.logits(self.go_on(self.model.embed(batch), last_B)).float()
 
     def keep_rows(self, rows: Tensor) -> None:
         """Row b becomes old row `rows[b]`, of as many rows as are listed."""
@@ -77,11 +79,11 @@ class Decoding:
         """Reads tokens; the logits [B, T, V] of what follows each."""
         return self.model.decoder.logits(self.go_on(self.model.decoder.embed(tokens_BT))).float()
 
-    def go_on(self, x_BTD: Tensor) -> Tensor:
-        """The decoder's states [B, T, D] at the next T positions, which read these vectors."""
+    def go_on(self, x_BTD: Tensor, places_N: Tensor | None = None) -> Tensor:
+        """The decoder's states [B, T, D] at the next T positions, which read these vectors; or [N, D] at some of [B x T]."""
         first, (B, T, _) = self.cache.length, x_BTD.shape
         positions_BT = self.position_BK[:, first : first + T]
-        return self.model.decoder(x_BTD, positions_BT, self.mask(first, B, T), self.cache)
+        return self.model.decoder(x_BTD, positions_BT, self.mask(first, B, T), self.cache, places_N)
 
     def step(self, tokens_B: Tensor) -> None:
         """Reads one token a row; `logits_BV` then predicts the next."""
