@@ -71,7 +71,13 @@ def measure(config: RunConfig, rounds: int, steps: int, profile: bool = False) -
     if profile:
         with torch.profiler.profile() as profiler:
             run()
-        print(profiler.key_averages().table(sort_by="self_device_time_total", row_limit=30, max_name_column_width=60))
+        print(
+            profiler.key_averages().table(
+                sort_by="self_device_time_total" if device.type == "cuda" else "self_cpu_time_total",
+                row_limit=30,
+                max_name_column_width=60,
+            )
+        )
     return {
         "parameters": parameters,
         "seconds": median(seconds),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 Weights = Literal["as they are", "int8", "int4", "w8a8"]
 FEW_ROWS = 8  # up to so many, float16's layout is the faster one
 FEW_INT8_ROWS = 16  # up to so many, reading int8 weights costs less than turning them into floats
+LANES = 16  # inputs that the kernel for int8 weights takes at a time; of other numbers it reads what is not there
 HALF_MAX = torch.finfo(torch.float16).max
 GROUPS = (64, 32)  # inputs that share a scale and a zero, the first that divides them all
 
@@ -75,7 +76,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        if len(flat) > FEW_INT8_ROWS or x.device.type != "cpu" or x.dtype == torch.float64:
+        suits = x.device.type == "cpu" and x.dtype != torch.float64 and x.shape[-1] % LANES == 0
+        if not suits or len(flat) > FEW_INT8_ROWS:
             return F.linear(x, self.weight, self.bias)
         out = torch._weight_int8pack_mm(flat, self.steps_OI, self.scale_O).view(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias

@@ -52,8 +52,8 @@ def setup_distributed() -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep the memory that it frees. The tensors of a step come and go; pages fresh from the system for each cost
-    7 % of a step. It is a setting of glibc's allocator; others are left as they are."""
+    """Lets this process keep the memory that it frees: a step's tensors come and go, and pages fresh from the system for each
+    of them cost 7 % of it. This is a setting of glibc's allocator; others are left as they are."""
     trim_threshold, mmap_threshold, bytes_ = -1, -3, 1 << 30
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -138,6 +138,20 @@ def test_reading_int4_weights_equals_turning_them_into_floats(dtype, rows, with_
     torch.testing.assert_close(linear(x).double(), expected, **tolerance)
 
 
+@pytest.mark.parametrize("kind", [PackedLinear, Int8Linear, int4_or_int8, pytest.param(Int8Products, marks=needs_fbgemm)])
+@pytest.mark.parametrize("outputs", [1, 7, 16, 48, 100])
+@pytest.mark.parametrize("inputs", [1, 7, 24, 48, 64, 100, 344])
+def test_maps_of_any_size_are_what_their_weights_say(kind, outputs, inputs):
+    """The kernel for int8 weights reads beyond the end where it does not suit the inputs' number."""
+    weight, _ = weights(outputs, inputs, torch.bfloat16)
+    linear = kind(weight)
+    for rows in (1, 5, 20):
+        x = torch.randn(rows, inputs).bfloat16()
+        expected = F.linear(x.double(), linear.weight.double())
+        allowed = 0.02 * (x.double().abs().amax(1, keepdim=True) * linear.weight.double().abs().sum(1)) + 1e-3
+        assert ((linear(x).double() - expected).abs() <= allowed).all()
+
+
 def test_maps_that_do_not_suit_4_bits_take_8():
     assert isinstance(int4_or_int8(torch.randn(16, 32)), Int4Linear)
     for size in ((17, 32), (16, 40)):
