@@ -24,6 +24,7 @@ from metalm.segments import Batch
 from metalm.training.compiling import compile_blocks
 from metalm.training.config import TrainingConfig
 from metalm.training.extensions import prepare_extensions
+from metalm.training.fp8 import use_fp8
 
 
 def setup_distributed() -> torch.device:
@@ -112,10 +113,13 @@ def make_engine(model: nn.Module, config: TrainingConfig, rows: int):
     import deepspeed
 
     ds_config = deepspeed_config(config, rows)
-    check_runs(model, ds_config.get("zero_optimization", {}).get("stage", 0), dist.get_world_size())
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    check_runs(model, stage, dist.get_world_size())
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    if config.fp8 != "off":
+        use_fp8(model, config.fp8, stage)
     if config.compile:
-        if ds_config.get("zero_optimization", {}).get("stage") == 3:
+        if stage == 3:
             raise ConfigError(
                 "training.compile: ZeRO-3 gathers a layer's weights as the layer runs, which compiled blocks do not let it do; "
                 "take training.deepspeed=zero2, or training.compile=false"

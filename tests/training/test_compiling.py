@@ -10,7 +10,7 @@ from metalm.decoder import CausalDecoder, DecoderConfig
 from metalm.errors import ConfigError
 from metalm.training.compiling import compile_blocks
 from metalm.training.config import TrainingConfig
-from metalm.training.engine import make_engine
+from metalm.training.engine import make_engine, setup_distributed
 
 SHAPE = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "norm": "rms", "mlp": "swiglu", "positions": "rotary"}
 
@@ -43,6 +43,7 @@ def test_what_reads_spans_is_left_alone():
 
 
 def test_zero_3_is_refused():
+    setup_distributed()
     config = build(TrainingConfig, {"steps": 1, "compile": True, "deepspeed": "zero3"}, "test")
     with pytest.raises(ConfigError, match="take training"):
         make_engine(decoder(), config, rows=1)
