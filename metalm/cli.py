@@ -122,6 +122,12 @@ def evaluate(
         raise ConfigError(f"no evaluation is called {task!r}{did_you_mean(task, tasks)}")
     if spice and task != "captioning":
         raise ConfigError("--spice is for captioning")
+    if (shots or same_shots) and task not in ("vqa", "captioning"):
+        raise ConfigError("--shots and --same-shots are for vqa and captioning")
+    if same_shots and not shots:
+        raise ConfigError("--same-shots says where worked examples come from: say how many by --shots")
+    if draft and task not in ("vqa", "captioning", "transcription"):
+        raise ConfigError("--draft is for vqa, captioning and transcription, which write greedily")
     if task == "perplexity":
         from metalm.evaluation.perplexity import evaluate_perplexity
 
@@ -151,22 +157,20 @@ def evaluate(
         return
     generation = GenerationConfig(max_new_tokens, beams, length_penalty=length_penalty)
     predictor = Predictor.load(model, generation, batch_size, dtype, draft=draft)
+    arguments = {"shots": shots, "shots_data": shots_data, "same_shots": same_shots, "seed": seed}
+    arguments |= {"blind": blind, "limit": limit}
     if task == "transcription":
-        if shots:
-            raise ConfigError("--shots is for vqa and captioning")
         from metalm.evaluation.transcription import evaluate_transcription
 
-        report_result(evaluate_transcription(predictor, data, model, blind, limit), out)
-        return
-    arguments = {"shots": shots, "shots_data": shots_data, "same_shots": same_shots}
-    arguments |= {"blind": blind, "limit": limit, "seed": seed}
-    if task == "vqa":
+        result = evaluate_transcription(predictor, data, model, blind, limit)
+    elif task == "vqa":
         result = evaluate_vqa(predictor, data, model, **arguments)
     else:
         result = evaluate_captioning(predictor, data, model, spice=spice, **arguments)
-    result.config |= {"dtype": dtype, "batch_size": batch_size}
+    result.config |= {"dtype": dtype, "batch_size": batch_size} | ({"draft": draft} if draft else {})
     report_result(result, out)
-    print(write_page(result, out))
+    if task != "transcription":
+        print(write_page(result, out))
 
 
 def report_result(result: Any, out: Path) -> None:

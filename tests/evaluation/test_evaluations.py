@@ -7,11 +7,13 @@ from html import escape
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from metalm.cli import app
 from metalm.data.prompts import question_query
 from metalm.data.sample import Question, Sample
 from metalm.data.shards import read_samples, write_shards
-from metalm.errors import DataError
+from metalm.errors import ConfigError, DataError
 from metalm.evaluation.blind import blank_image
 from metalm.evaluation.captioning import evaluate_captioning
 from metalm.evaluation.page import write_page
@@ -153,3 +155,16 @@ def test_the_page_shows_pictures_with_what_was_said(run, scenes, tmp_path, task,
     assert escape(next(iter(result.predictions[0].references))) in page
     assert "Training" in page and "<svg" in page  # the run's curve
     assert all(name in page for name in result.metrics)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("transcription", ["--shots", "2"], "--shots and --same-shots are for vqa and captioning"),
+        ("vqa", ["--same-shots"], "say how many by --shots"),
+        ("tagging", ["--draft", "1"], "--draft is for vqa, captioning and transcription"),
+    ],
+)
+def test_options_that_a_task_does_not_heed_are_refused(task, options, message):
+    done = CliRunner().invoke(app, ["evaluate", task, "--model", "run", "--data", "shards", "--out", "out.json", *options])
+    assert isinstance(done.exception, ConfigError) and message in str(done.exception)
