@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import re
 import resource
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,8 +31,11 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"metalm": linea
 
 
 def peak() -> int:
-    """The most that this process ever held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most that this process ever held, in bytes, not counting what it was when its parent forked it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text()).group(1)) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def step(side: str, positions: int, width: int, vocabulary: int, out) -> None:

@@ -135,10 +135,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    results = [result for name in arguments.only or GROUPS for result in GROUPS[name](arguments.rounds)]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=1))
-    console = Console()
+    console, results = Console(), []
+    for name in arguments.only or GROUPS:
+        started = time.monotonic()
+        results += GROUPS[name](arguments.rounds)
+        arguments.out.write_text(json.dumps(results, indent=1))
+        console.print(f"{name}: {time.monotonic() - started:.0f} s", style="dim")
     console.print(table(results))
     below = [result["name"] for result in results if result["at_least"] and result["value"] < result["at_least"]]
     console.print(f"below the bar: {', '.join(below)}" if below else "all bars reached")
