@@ -3,8 +3,8 @@
     python -m benchmarks.growth [--rounds 3] [--threads 2] [--longest 16384] [--out runs/bench]
 
 A small model (ViT of 4 layers, 192 wide; decoder of 4 layers, 256 wide), bfloat16, forward and backward, one quantity at a
-time, the others held. `each` is the time a position (a text's, an image's, a target's): where it leaves the least of its
-curve by half, growth has ceased to be linear. Processes, with a thread each, are runs of the demo's pretraining under each ZeRO
+time, the others held. `each` is the time a position (a text's, an image's, a target's): where it leaves the least of its curve
+by half, growth has ceased to be linear. Processes, with a thread and 24 full rows each, train the demo's model under each ZeRO
 stage: what share of twice one process's positions/s two reach. The curve of GPUs is no measurement but `zero_efficiency`, with
 the measured seconds of a step and the parameters of a model put in.
 """

@@ -85,7 +85,7 @@ def loading(rounds: int) -> list[dict]:
 
 def generating(rounds: int) -> list[dict]:
     """Tokens/s of greedy text against transformers' `generate`, and ranked answers against a full pass for each."""
-    bars = {"bfloat16/batch_1": 1.8, "bfloat16/batch_8": 2.0, "w8a8/batch_1": 2.5, "draft/bfloat16/80%": 2.5}
+    bars = {"bfloat16/batch_1": 1.8, "bfloat16/batch_8": 2.0, "int8/batch_1": 2.5, "draft/int8/80%": 2.5}
     bars |= {"ranking/full_passes": 2.5, "ranking/llava": 2.5}
     results = []
     for name, result in generation.measure(rounds).items():

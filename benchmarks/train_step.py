@@ -4,9 +4,9 @@
 
 `fixed`: 16 documents of 64 patches + 64 text tokens for both, one a row of 128. `captions`: 64 patches and a caption with the
 lengths of Flickr8k; the peer pads 32 pairs to the longest, METALM packs as many into 20 rows of 160 as its data stream would,
-two a row, whose attention is cheap; useful positions count, padding does not. `pictures`: 32 pictures with five such captions
+two a row, whose attention is cheap; useful positions count, padding does not. `pictures`: 8 pictures with five such captions
 each, as Flickr8k has them. METALM reads a picture once and lets its captions branch off, which is the loss and the gradients of
-a document each (`metalm.segments`); the peer has a row for each of 32 captions; captions count. Forward, backward, and the same
+a document each (`metalm.segments`); the peer has a row for each of 40 captions; captions count. Forward, backward, and the same
 AdamW on float32 master weights for both; data are in memory. The ratio is the median over rounds of METALM's rate to the peer's
 in that round, so that whatever else runs on the machine hits both. `cpu_ratio` is the same in processor time: with `--threads
 1` it hardly depends on the other load at all (more threads wait for each other in a loop that counts as work). `--compile` is
@@ -173,27 +173,27 @@ def measure(rounds: int = 5, steps: int = 1, compiled: bool = False) -> dict[str
     if compiled:
         compile_blocks(metalm)
     results = {}
-    rate = matrix_rate(torch.device("cpu"), 1024)
     torch.manual_seed(0)
     fixed = random_documents([64] * 16)
     peer = build_llava(VISION, TEXT, VOCABULARY, IMAGE_TOKEN, tied=True).bfloat16()
     parameters = {"metalm_parameters": num_parameters(metalm), "peer_parameters": num_parameters(peer)}
     mix = random.Random(0).choices(list(CAPTION_LENGTHS), list(CAPTION_LENGTHS.values()), k=512)
-    captioned, branching = random_documents(mix), branching_documents(mix[: 32 * CAPTIONS])
+    captioned, branching = random_documents(mix), branching_documents(mix[: 8 * CAPTIONS])
     for name, batch, inputs in (
         ("fixed", packed(metalm, fixed, 128, 16), padded(fixed)),
         ("captions", packed(metalm, captioned, 160, 20), padded(captioned[:32])),
-        ("pictures", packed(metalm, branching, 384, len(branching)), padded(captioned[:32])),
+        ("pictures", packed(metalm, branching, 256, len(branching)), padded(captioned[: 8 * CAPTIONS])),
     ):
         with FlopCounterMode(display=False) as counter:
             (plain(batch) / batch.num_targets).backward()
         positions = (batch.num_positions, int(inputs["attention_mask"].sum()))
-        useful = (len(mix[: 32 * CAPTIONS]), len(inputs["input_ids"])) if name == "pictures" else positions
+        useful = (8 * CAPTIONS, 8 * CAPTIONS) if name == "pictures" else positions
         shares = {
             "metalm_useful": positions[0] / batch.tokens_BT.numel(),
             "peer_useful": positions[1] / inputs["input_ids"].numel(),
         }
         timed = compare(metalm_step(metalm, batch), llava_step(peer, inputs), useful, rounds, steps)
+        rate = median(matrix_rate(torch.device("cpu"), 1024) for _ in range(3))
         mfu = counter.get_total_flops() * timed["metalm"] / useful[0] / rate
         results[name] = timed | parameters | shares | {"mfu": mfu}
     return results

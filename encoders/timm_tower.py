@@ -105,8 +105,9 @@ class TimmEncoder(ImageTower):
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
         x_N3HW = self.normalize(pixels_N3HW)
         if not self.convolutional:
-            *_, weight = self.model.parameters()
-            plain = trains_faster_plain(weight, self.skip + self.model.patch_embed.num_patches)
+            trained = next((weight for weight in self.model.parameters() if weight.requires_grad), None)
+            tokens = self.skip + self.model.patch_embed.num_patches
+            plain = trained is not None and trains_faster_plain(trained, tokens)
             for attention in self.fused_attentions:
                 attention.fused_attn = not plain
             return self.checked(self.model.forward_features(x_N3HW)[:, self.skip :])

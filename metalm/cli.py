@@ -79,8 +79,24 @@ def compare(
     print(Path(compare_config.out) / "comparison.html")
 
 
+WRITTEN = {"blind", "beams", "length_penalty", "max_new_tokens", "dtype", "draft"}
+SHOWN = WRITTEN | {"shots", "shots_data", "same_shots", "seed"}
+ALWAYS_HEEDED = {"task", "model", "data", "out", "limit", "batch_size"}
+HEEDED = {  # options of each evaluation
+    "vqa": SHOWN,
+    "captioning": SHOWN | {"spice"},
+    "transcription": WRITTEN,
+    "perplexity": {"dtype"},
+    "classification": set(),
+    "tagging": set(),
+    "seq2seq": {"max_new_tokens"},
+    "infilling": {"max_new_tokens", "ngram", "forward_only"},
+}
+
+
 @app.command()
 def evaluate(
+    context: typer.Context,
     task: Annotated[
         str, typer.Argument(help="vqa, captioning, transcription, perplexity, classification, tagging, seq2seq, infilling.")
     ],
@@ -117,17 +133,16 @@ def evaluate(
     from metalm.inference.generate import GenerationConfig
     from metalm.registry import did_you_mean
 
-    tasks = ["vqa", "captioning", "transcription", "perplexity", "classification", "tagging", "seq2seq", "infilling"]
-    if task not in tasks:
-        raise ConfigError(f"no evaluation is called {task!r}{did_you_mean(task, tasks)}")
-    if spice and task != "captioning":
-        raise ConfigError("--spice is for captioning")
-    if (shots or same_shots) and task not in ("vqa", "captioning"):
-        raise ConfigError("--shots and --same-shots are for vqa and captioning")
-    if same_shots and not shots:
-        raise ConfigError("--same-shots says where worked examples come from: say how many by --shots")
-    if draft and task not in ("vqa", "captioning", "transcription"):
-        raise ConfigError("--draft is for vqa, captioning and transcription, which write greedily")
+    if task not in HEEDED:
+        raise ConfigError(f"no evaluation is called {task!r}{did_you_mean(task, HEEDED)}")
+    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+    for name in given:
+        if name not in ALWAYS_HEEDED | HEEDED[task]:
+            own = ", ".join(f"--{other.replace('_', '-')}" for other in sorted(HEEDED[task]))
+            hint = f"; its options are {own}" if own else ""
+            raise ConfigError(f"{task} has no use for --{name.replace('_', '-')}{hint}")
+    if (same_shots or shots_data) and not shots:
+        raise ConfigError("--same-shots and --shots-data say which worked examples are drawn: say how many by --shots")
     if task == "perplexity":
         from metalm.evaluation.perplexity import evaluate_perplexity
 
@@ -157,16 +172,15 @@ def evaluate(
         return
     generation = GenerationConfig(max_new_tokens, beams, length_penalty=length_penalty)
     predictor = Predictor.load(model, generation, batch_size, dtype, draft=draft)
-    arguments = {"shots": shots, "shots_data": shots_data, "same_shots": same_shots, "seed": seed}
-    arguments |= {"blind": blind, "limit": limit}
+    drawn = {"shots": shots, "shots_data": shots_data, "same_shots": same_shots, "seed": seed}
     if task == "transcription":
         from metalm.evaluation.transcription import evaluate_transcription
 
         result = evaluate_transcription(predictor, data, model, blind, limit)
     elif task == "vqa":
-        result = evaluate_vqa(predictor, data, model, **arguments)
+        result = evaluate_vqa(predictor, data, model, **drawn, blind=blind, limit=limit)
     else:
-        result = evaluate_captioning(predictor, data, model, spice=spice, **arguments)
+        result = evaluate_captioning(predictor, data, model, **drawn, blind=blind, spice=spice, limit=limit)
     result.config |= {"dtype": dtype, "batch_size": batch_size} | ({"draft": draft} if draft else {})
     report_result(result, out)
     if task != "transcription":

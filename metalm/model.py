@@ -20,7 +20,7 @@ from metalm.encoders import ENCODERS
 from metalm.errors import ConfigError
 from metalm.fusion import Fusion, FusionConfig
 from metalm.hub import PretrainedModel
-from metalm.nn.attention import KVCache, LayerMasks, Mask, all_of, by_window, causal, same_branch, same_document, within
+from metalm.nn.attention import LayerMasks, Mask, all_of, by_window, causal, same_branch, same_document, within
 from metalm.nn.freezing import is_frozen, set_trainable
 from metalm.nn.losses import weighted_cross_entropy
 from metalm.nn.partitions import is_partitioned
@@ -129,17 +129,20 @@ class MetaLM(PretrainedModel):
         x_BTD = self.decoder.embed(batch.tokens_BT)
         flat = x_BTD.flatten(0, 1)
         for name in self.encoders:
+            reads = len(batch.spans[name].positions) > 0
+            if not (reads or torch.is_grad_enabled() or is_partitioned(self.encoders[name])):
+                continue
             docked = self.dock(name, batch.spans[name])
-            if len(batch.spans[name].positions):
+            if reads:
                 flat = flat.index_copy(0, batch.spans[name].positions, docked.to(flat.dtype))
             else:  # the batch lacks this modality; the encoder still takes part in the graph, so that all ranks agree
                 flat = flat + 0 * docked.sum().to(flat.dtype)
         x_BTD = flat.view_as(x_BTD)
         return self.fusion(x_BTD, batch) if self.fusion else x_BTD
 
-    def hidden(self, batch: Batch, cache: KVCache | None = None, places_N: Tensor | None = None) -> Tensor:
+    def hidden(self, batch: Batch, places_N: Tensor | None = None) -> Tensor:
         """The decoder's states [B, T, D] at every position of the batch, or [N, D] at some of its [B x T] places."""
-        return self.decoder(self.embed(batch), batch.position_BT, self.attention(batch), cache, places_N)
+        return self.decoder(self.embed(batch), batch.position_BT, self.attention(batch), places_N=places_N)
 
     def attention(self, batch: Batch) -> Mask | LayerMasks | Attends:
         """What the batch's positions see of each other."""

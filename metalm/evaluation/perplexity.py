@@ -18,7 +18,7 @@ from metalm.evaluation.predictor import load_decoding
 from metalm.evaluation.result import Prediction, Result
 from metalm.inference.generate import batched
 from metalm.model import MetaLM
-from metalm.nn.losses import linear_cross_entropy
+from metalm.nn.losses import weighted_cross_entropy
 from metalm.objectives import OBJECTIVES
 from metalm.objectives.base import ObjectiveConfig
 from metalm.segments import Document, make_batch
@@ -72,9 +72,9 @@ def read(model: MetaLM, documents: list[Document], batch_size: int) -> list[floa
     for numbers in batched(documents, batch_size):
         batch = make_batch([[documents[n]] for n in numbers], model.processors, len(documents[numbers[0]])).to(device)
         hidden_LD = model.hidden(batch, places_N=batch.places_L)
-        for row, n in enumerate(numbers):
-            own = batch.places_L // batch.tokens_BT.shape[1] == row
-            states_LD, softcap = hidden_LD[own], model.config.decoder.logit_softcap
-            loss = linear_cross_entropy(states_LD, model.decoder.softmax_weight, batch.targets_L[own], softcap)
-            nats[n] = float(loss)
+        weight_VD, softcap = model.decoder.softmax_weight, model.config.decoder.logit_softcap
+        _, nats_L = weighted_cross_entropy(hidden_LD, weight_VD, batch.targets_L, softcap=softcap)
+        sums_B = nats_L.new_zeros(len(numbers)).index_add(0, batch.places_L // batch.tokens_BT.shape[1], nats_L)
+        for n, own in zip(numbers, sums_B.tolist()):
+            nats[n] = own
     return nats

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from rich.progress import track
@@ -18,6 +19,7 @@ from metalm.inference.generate import GenerationConfig, batched, generate
 from metalm.inference.rank import score_choices
 from metalm.inference.speculative import first_layers
 from metalm.model import MetaLM
+from metalm.nn.linear import Weights
 from metalm.pretrained import load_pretrained
 from metalm.segments import Document
 
@@ -49,7 +51,8 @@ class Predictor:
 
         Args:
             dtype: float32, bfloat16, or int8 or int4: the decoder's weights rounded to it (`metalm.nn.linear`), all else
-                bfloat16; or w8a8: products of integers.
+                bfloat16; or w8a8: products of integers. On a CPU bfloat16 holds each weight twice, in 4 bytes. Ranking
+                and perplexity multiply rounded softmaxes in floats.
             draft: another run with the same tokenizer, or how many of the model's first layers, that guess ahead.
 
         Raises:
@@ -97,9 +100,9 @@ class Predictor:
 
 def load_decoding(name: str | Path, dtype: str, device: str) -> tuple[MetaLM, Tokenizer]:
     """A model whose decoder is laid out for inference, and its tokenizer."""
-    rounded = ("int8", "int4", "w8a8")
+    rounded = [weights for weights in get_args(Weights) if weights != "as they are"]
     if dtype not in ("float32", "bfloat16", *rounded):
-        raise ConfigError(f"dtype {dtype!r}: float32, bfloat16, int8, int4 or w8a8")
+        raise ConfigError(f"dtype {dtype!r}: float32, bfloat16, {', '.join(rounded)}")
     model, tokenizer = load_pretrained(name, torch.float32 if dtype == "float32" else torch.bfloat16)
     if not isinstance(model, MetaLM):
         raise ConfigError(f"{name} holds the model {model.config.type!r}, which has no decoder to answer with")

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from functools import cache
-from itertools import islice
 from typing import TypeVar
 
 from metalm.data.prompts import Interface
@@ -33,7 +31,8 @@ def few_shot(
 ) -> list[Document]:
     """A prompt for each example, after `shots` demonstrations drawn from the pool, never of the example's own sample.
 
-    The draw depends on the seed and the example's key alone. With `shots` 0 the pool is not used.
+    The draw depends on the seed and the example's key alone, or with `same` on the seed and the pool. With `shots` 0 the pool
+    is not used.
 
     Args:
         key: names an example; up to the first "/" it names the sample (the picture).
@@ -43,17 +42,21 @@ def few_shot(
         DataError: the pool is too small.
     """
     prompts = []
-    shuffled = random.Random(seed).sample(pool, len(pool)) if same else pool
-    turn = cache(lambda demo: interface.answer(query(shuffled[demo]), answer(shuffled[demo])))
-    for example in examples:
+    shuffled = random.Random(seed).sample(pool, len(pool))
+
+    def draw(example: Example) -> list[Example]:
         own = key(example).split("/")[0]
+        others = [other for other in (shuffled if same else pool) if key(other).split("/")[0] != own]
+        if len(others) < shots:
+            raise DataError(f"{shots} shots need as many samples to draw from besides {own!r}; there are {len(others)}")
+        return others[:shots] if same else random.Random(f"{seed} {key(example)}").sample(others, shots)
+
+    turns: dict[str, list[Text | Span]] = {}  # a demonstration is one object wherever it stands
+    for example in examples:
         segments: list[Text | Span] = []
-        if shots:
-            candidates = (demo for demo, other in enumerate(shuffled) if key(other).split("/")[0] != own)
-            others = list(islice(candidates, shots if same else None))
-            if len(others) < shots:
-                raise DataError(f"{shots} shots need as many samples to draw from besides {own!r}; there are {len(others)}")
-            demos = others if same else random.Random(f"{seed} {key(example)}").sample(others, shots)
-            segments = [segment for demo in demos for segment in turn(demo)]
+        for demo in draw(example) if shots else []:
+            if key(demo) not in turns:
+                turns[key(demo)] = interface.answer(query(demo), answer(demo))
+            segments += turns[key(demo)]
         prompts.append(Document([*segments, *query(example)], key(example)))
     return prompts

@@ -24,7 +24,7 @@ from metalm.model import MetaLM
 from metalm.nn.attention import KVCache, LayerMasks, Mask, all_of, by_window, causal, same_document, within
 from metalm.segments import Document, Text, load_spans, make_batch
 
-SHARED = 16  # positions that must be shared to be worth a pass of their own
+SHARED = 64  # positions that must be spared to be worth a pass of their own
 
 
 class Decoding:
@@ -126,7 +126,7 @@ def split_beginning(prompts: Sequence[Document]) -> tuple[Document, list[Documen
                 break
         elif any(segment is not column[0] for segment in column):
             break
-    if len(prompts) == 1 or length < SHARED:
+    if length * (len(prompts) - 1) < SHARED:
         return Document([]), list(prompts)
     shared = Document([*segments[:whole], Text(segments[whole].tokens[:part])], prompts[0].key)
     rests = [[Text(p.segments[whole].tokens[part:]), *p.segments[whole + 1 :]] for p in prompts]

@@ -6,10 +6,10 @@
     kept               sat on the     the agreed beginning, and the model's word where they part
 
 What comes out is what the model alone would write greedily, whatever the draft says, as exactly as passes of one token and of
-several round alike: in bfloat16 and int8 near ties may fall the other way. With a share a of guesses agreed to, a pass keeps
-(1 - a^(g + 1)) / (1 - a) tokens for g guesses. The draft is a smaller run with the same tokenizer, or the model's own first
-layers (`first_layers`). Rows of a batch go on together, as far as all of them agree: it is for few prompts. Source: Leviathan
-et al. 2023 (arXiv 2211.17192), the greedy case.
+several round alike: in bfloat16, and with rounded weights, near ties may fall the other way. With a share a of guesses agreed
+to, a pass keeps (1 - a^(g + 1)) / (1 - a) tokens for g guesses. The draft is a smaller run with the same tokenizer, or the
+model's own first layers (`first_layers`). Rows of a batch go on together, as far as all of them agree: it is for few prompts.
+Source: Leviathan et al. 2023 (arXiv 2211.17192), the greedy case.
 
 Shapes: B rows, G guesses.
 """
@@ -65,14 +65,17 @@ class Speculation:
         guesses_BG = self.guess()
         start = self.model.cache.length
         best_BG = self.model.read(torch.cat([self.tokens_BT[:, -1:], guesses_BG], dim=1)).argmax(-1)
-        agreed_B = (best_BG[:, :-1] == guesses_BG).cumprod(1).sum(1)
-        agreed = int(agreed_B[list(open_rows)].min())
+        agreed = int(self.agreed(best_BG, guesses_BG)[list(open_rows)].min())
         self.model.rewind(start + 1 + agreed)
         new = best_BG[:, : agreed + 1]
         unread = agreed + 1 - (self.draft.cache.length - start - 1) if agreed == self.guesses else 1
         self.draft.rewind(min(self.draft.cache.length, start + 1 + agreed))
         self.tokens_BT = new[:, -unread:]
         return new
+
+    def agreed(self, best_BG: Tensor, guesses_BG: Tensor) -> Tensor:
+        """How many of its guesses each row takes, int64 [B], of `best_BG`, which has one more."""
+        return (best_BG[:, :-1] == guesses_BG).cumprod(1).sum(1)
 
     def guess(self) -> Tensor:
         """What the draft writes, [B, G]; it does not read its last guess."""

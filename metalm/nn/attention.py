@@ -75,6 +75,7 @@ class Mask:
         self.rows, self.queries, self.keys = rows, queries, keys
         self.device = device
         self.first_query = first_query
+        self._additive: dict[tuple[int, ...], Tensor] = {}
 
     @cached_property
     def dense(self) -> Tensor:
@@ -85,10 +86,14 @@ class Mask:
         k = torch.arange(self.keys, device=self.device)
         return self.predicate(b, h, q, k).expand(self.rows, 1, self.queries, self.keys)
 
-    @cached_property
-    def additive(self) -> Tensor:
-        """bfloat16 [B, 1, Q, K]: 0 where the query sees the key, -inf elsewhere."""
-        return torch.zeros(self.dense.shape, dtype=torch.bfloat16, device=self.device).masked_fill(~self.dense, float("-inf"))
+    def additive(self, queries: slice, keys: slice) -> Tensor:
+        """bfloat16 [B, 1, Q, K] of some queries and keys: 0 where the query sees the key, -inf elsewhere."""
+        part = queries.start, queries.stop, keys.start, keys.stop
+        if part not in self._additive:
+            seen = self.dense[:, :, queries, keys]
+            zeros = torch.zeros(seen.shape, dtype=torch.bfloat16, device=self.device)
+            self._additive[part] = zeros.masked_fill(~seen, float("-inf"))
+        return self._additive[part]
 
     @cached_property
     def chunks(self) -> list[tuple[slice, slice]]:
@@ -203,7 +208,7 @@ def _in_parts(
         if plain:
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
             if isinstance(mask, Mask):
-                scores = scores + mask.additive[:, :, queries, keys]
+                scores = scores + mask.additive(queries, keys)
             outputs.append(F.dropout(scores.softmax(-1), dropout) @ v)
         else:
             seen = mask.dense[:, :, queries, keys] if isinstance(mask, Mask) else None

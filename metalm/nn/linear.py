@@ -131,7 +131,7 @@ def int4_or_int8(weight_OI: Tensor, bias_O: Tensor | None = None) -> nn.Module:
 class Int8Products(nn.Module):
     """x W^T + b with W rounded to 255 steps for each output, and each row of x to at most 255: products of integers.
 
-    For any number of rows the fastest; what it costs in quality, inputs with few large values cost most.
+    What a row gives does not depend on the others. What rounding costs, inputs with a few large values cost most.
     """
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None):
@@ -143,6 +143,8 @@ class Int8Products(nn.Module):
         self.packed = torch.ops.quantized.linear_prepack(steps_OI, None)
         self.bias, self.dtype = bias_O, weight_OI.dtype
         self.fewer_bits = not torch.cpu._is_vnni_supported()  # else sums of pairs would overflow 16 bits
+        I = weight_OI.shape[1]
+        self.bounds_1I = torch.cat([torch.ones(1, I - I // 2), -torch.ones(1, I // 2)], dim=1)
 
     @property
     def weight(self) -> Tensor:
@@ -150,9 +152,12 @@ class Int8Products(nn.Module):
         return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize().to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        largest = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny)
-        rows = x / largest  # so that the one scale that the kernel finds suits each
-        out = torch.ops.quantized.linear_dynamic(rows, self.packed, self.fewer_bits).mul_(largest).to(x.dtype)
+        flat_NI = x.reshape(-1, x.shape[-1])
+        largest_N1 = flat_NI.abs().amax(dim=1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny)
+        # The kernel finds one scale for all rows: as large as their largest, one that all batches have.
+        rows_MI = torch.cat([flat_NI / largest_N1, self.bounds_1I])
+        out_NO = torch.ops.quantized.linear_dynamic(rows_MI, self.packed, self.fewer_bits)[:-1] * largest_N1
+        out = out_NO.to(x.dtype).view(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias
 
 

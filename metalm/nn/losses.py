@@ -14,7 +14,7 @@ from torch import Tensor
 from metalm.nn.attention import soft_cap
 
 CHUNK_LOGITS = 1 << 24  # logits held at a time
-CACHED_LOGITS = 1 << 18  # of them, that the CPU turns into gradients at a time, in float32, while they are in its cache
+CACHED_LOGITS = 1 << 18  # of them, that a core turns into gradients at a time, in float32, while they are in its cache
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -29,13 +29,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], chunk):
             h = hidden_ND[start : start + chunk]
             grad = h @ weight_VD.T  # logits as yet
-            block = max(1, CACHED_LOGITS // weight_VD.shape[0]) if h.device.type == "cpu" else chunk
+            cached = max(1, CACHED_LOGITS // weight_VD.shape[0]) * torch.get_num_threads()
+            block = cached if h.device.type == "cpu" else chunk
             for first in range(start, start + len(h), block):
                 these = slice(first, min(first + block, start + len(h)))
                 scores, t = grad[first - start : these.stop - start], targets_N[these, None]
                 logits = soft_cap(scores.to(accumulate), softcap)
                 slope = 1 - (logits / softcap).square() if softcap else None  # of the cap
                 logp = logits.log_softmax(dim=1)
+                del logits
                 nats_N[these] = -logp.gather(1, t)[:, 0]
                 if need_hidden or need_weight:
                     logp.exp_().scatter_add_(1, t, torch.full_like(logp[:, :1], -1.0))

@@ -36,8 +36,8 @@ class TrainingConfig:
     `optimizer` is AdamW, by `betas` and `eps`, or stochastic gradient descent with Nesterov's `momentum`; `min_lr` is the
     fraction of `lr` that the schedule ends at; `part_lr` gives parts, by the beginning of their parameters' names, a multiple
     of `lr`: {encoder: 0.01}. `adapters` puts low-rank adapters on linear maps, and freezes these; `distill` has a larger
-    model teach. `compile` has torch.compile make the blocks faster, for half a minute or so at the start; `fp8` has them
-    multiply in 8-bit floats on GPUs that can. Intervals of 0 switch a thing off.
+    model teach. `compile` has torch.compile make the blocks faster, for half a minute or so at the start; `fp8: float8` has
+    them multiply in 8-bit floats on GPUs that can. Intervals of 0 switch a thing off.
     """
 
     steps: int
@@ -55,7 +55,7 @@ class TrainingConfig:
     accumulation: int = 1
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     compile: bool = False
-    fp8: FP8 = "off"
+    fp8: FP8 = "none"
     deepspeed: str = "zero0"
     seed: int = 0
     log_every: int = 10

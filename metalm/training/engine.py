@@ -55,11 +55,11 @@ def setup_distributed() -> torch.device:
 def keep_freed_memory() -> None:
     """Lets this process keep the memory that it frees: a step's tensors come and go, and pages fresh from the system for each
     of them cost 7 % of it. This is a setting of glibc's allocator; others are left as they are."""
-    trim_threshold, mmap_threshold, bytes_ = -1, -3, 1 << 30
+    trim_threshold, mmap_threshold = -1, -3
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(mmap_threshold, bytes_)
-        mallopt(trim_threshold, bytes_)
+        any(mallopt(mmap_threshold, size) for size in (1 << 30, 1 << 25))  # before glibc 2.35 the second is the most
+        mallopt(trim_threshold, 1 << 30)
 
 
 def quiet_deepspeed() -> None:
@@ -116,7 +116,7 @@ def make_engine(model: nn.Module, config: TrainingConfig, rows: int):
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     check_runs(model, stage, dist.get_world_size())
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
-    if config.fp8 != "off":
+    if config.fp8 != "none":
         use_fp8(model, config.fp8, stage)
     if config.compile:
         if stage == 3:

@@ -3,8 +3,8 @@
     x, W     float8 e4m3, each scaled by its largest value     forward
     dL/dy    float8 e5m2, the same                             backward, with x and W as they were
 
-Twice bfloat16's rate on GPUs that have such products, for blocks wide enough to repay the scaling; with `training.compile` the
-scaling is fused. Source: Micikevicius et al. 2022 (arXiv 2209.05433).
+For GPUs that have such products, and blocks wide enough to repay the scaling, which `training.compile` fuses. Maps that do not
+train, and low-rank adapters, stay as they are. Source: Micikevicius et al. 2022 (arXiv 2209.05433).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from metalm.errors import ConfigError
 from metalm.nn.transformer import Block
 from metalm.training.compiling import APART
 
-FP8 = Literal["off", "on", "emulated"]
+FP8 = Literal["none", "float8", "emulated"]  # YAML would read "on" and "off" as truth values
 MULTIPLE = 16  # of a map's inputs and outputs, which the products need
 CAPABILITY = (8, 9)
 
@@ -36,7 +36,7 @@ def use_fp8(model: nn.Module, kind: FP8, stage: int) -> None:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise ConfigError("training.fp8 needs torchao: pip install 'metalm[fp8]'") from error
-    if kind == "on" and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= CAPABILITY):
+    if kind == "float8" and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= CAPABILITY):
         raise ConfigError(
             "training.fp8: there is no GPU with 8-bit floats here (compute capability 8.9: L40S, H100, H200, or later); "
             "training.fp8=emulated rounds the same anywhere, slowly"
@@ -46,7 +46,8 @@ def use_fp8(model: nn.Module, kind: FP8, stage: int) -> None:
     config = Float8LinearConfig(emulate=kind == "emulated", pad_inner_dim=True)
 
     def fits(module: nn.Module, name: str) -> bool:
-        return type(module) is nn.Linear and module.in_features % MULTIPLE == module.out_features % MULTIPLE == 0
+        sizes = module.weight.shape if type(module) is nn.Linear and "lora_" not in name else (1, 1)
+        return sizes[0] % MULTIPLE == sizes[1] % MULTIPLE == 0 and module.weight.requires_grad
 
     blocks = [m for name, m in model.named_modules() if isinstance(m, Block) and not name.startswith(APART)]
     if not any(fits(module, "") for block in blocks for module in block.modules()):

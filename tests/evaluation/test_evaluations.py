@@ -160,9 +160,15 @@ def test_the_page_shows_pictures_with_what_was_said(run, scenes, tmp_path, task,
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("transcription", ["--shots", "2"], "--shots and --same-shots are for vqa and captioning"),
+        ("transcription", ["--shots", "2"], "transcription has no use for --shots; its options are --beams"),
         ("vqa", ["--same-shots"], "say how many by --shots"),
-        ("tagging", ["--draft", "1"], "--draft is for vqa, captioning and transcription"),
+        ("vqa", ["--spice"], "vqa has no use for --spice"),
+        ("tagging", ["--draft", "1"], "tagging has no use for --draft"),
+        (
+            "infilling",
+            ["--dtype", "int8"],
+            "infilling has no use for --dtype; its options are --forward-only, --max-new-tokens",
+        ),
     ],
 )
 def test_options_that_a_task_does_not_heed_are_refused(task, options, message):

@@ -147,12 +147,22 @@ def alike_prompts(model: MetaLM, begin: int) -> list[Document]:
     return [Document([*same, *rest]) for rest in rests]
 
 
+DECODERS = {
+    "sinusoidal": {"positions": "sinusoidal"},
+    "learned": {"positions": "learned", "max_positions": 64},
+    "rotary": {"positions": "rotary", "kv_heads": 2},
+    "windows": {"positions": "rotary", "window": [9, 0], "local_rotary_base": 100.0},
+}
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("beams", [1, 3])
-def test_what_prompts_begin_with_is_read_once_and_changes_nothing(model, beams):
-    prompts = alike_prompts(model, 20)
+@pytest.mark.parametrize("decoder", list(DECODERS))
+def test_what_prompts_begin_with_is_read_once_and_changes_nothing(decoder, beams):
+    model = tiny_model(30, **DECODERS[decoder])
+    prompts = alike_prompts(model, 35)
     shared, rests = split_beginning(prompts)
-    assert len(shared) == 25
+    assert len(shared) == 40
     assert list(map(len, rests)) == [1, 4, 3]
     config = GenerationConfig(10, num_beams=beams)
     assert generate(model, prompts, END, config) == [generate(model, [prompt], END, config)[0] for prompt in prompts]
@@ -173,14 +183,14 @@ def test_a_beginning_ends_with_what_is_no_longer_alike(model):
         assert all(map(len, rests))
         return len(shared)
 
-    few, many = alike_prompts(model, 3), alike_prompts(model, 30)
+    few, many = alike_prompts(model, 3), alike_prompts(model, 80)
     assert positions(few) == 0  # it does not repay a pass
-    assert positions(many) == 35
+    assert positions(many) == 85
     assert positions(many[:1]) == 0
-    assert positions([many[0], many[0]]) == 35  # each keeps a position
+    assert positions([many[0], many[0]]) == 85  # each keeps a position
     longer = Document([*many[0].segments[:2], Text([*many[0].segments[2].tokens, 7, 7])])
-    assert positions([many[0], longer]) == 35
-    other = alike_prompts(model, 30)[0]  # its span is another object: what is in it is not compared
+    assert positions([many[0], longer]) == 85
+    other = alike_prompts(model, 80)[0]  # its span is another object: what is in it is not compared
     assert positions([many[0], other]) == 0
     texts = [Document([Text([5] * 40 + [n, 5, 5])]) for n in range(3)]
     assert positions(texts) == 40

@@ -82,6 +82,14 @@ def test_products_of_integers_are_half_a_step_of_each_row_away_at_most(dtype, wi
     assert ((linear(x).double() - exact).abs() > allowed / 1000).any()
 
 
+@needs_fbgemm
+def test_a_row_of_integers_is_the_same_alone_and_beside_others():
+    weight, bias = weights(24, 40, torch.bfloat16)
+    linear, x = Int8Products(weight, bias), torch.randn(6, 40).bfloat16()
+    x[0] = x[0].abs()  # its least is not minus its largest
+    assert torch.equal(linear(x), torch.cat([linear(row[None]) for row in x]))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_int8_weights_are_half_a_step_away_at_most(dtype):
     weight, _ = weights(24, 40, dtype)
@@ -133,7 +141,12 @@ def test_int4_weights_are_half_a_step_away_at_most_within_their_group(dtype, inp
 def test_reading_int4_weights_equals_turning_them_into_floats(dtype, rows, with_bias):
     weight, bias = weights(48, 64, dtype)
     linear, x = Int4Linear(weight, bias if with_bias else None), torch.randn(2, rows, 64).to(dtype)
-    expected = F.linear(x.double(), linear.weight.double(), bias.double() if with_bias else None)
+    low, high = (bound(weight.float(), dim=1, keepdim=True) for bound in (torch.amin, torch.amax))  # one group of 64
+    scale = ((high - low) / 15).to(dtype).float()
+    zero = (low + 8 * scale).to(dtype).float()
+    steps = ((weight.float() - zero) / scale + 8).round().clamp(0, 15)
+    rounded = (zero + scale * (steps - 8)).double()
+    expected = F.linear(x.double(), rounded, bias.double() if with_bias else None)
     tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(linear(x).double(), expected, **tolerance)
 
@@ -148,7 +161,10 @@ def test_maps_of_any_size_are_what_their_weights_say(kind, outputs, inputs):
     for rows in (1, 5, 20):
         x = torch.randn(rows, inputs).bfloat16()
         expected = F.linear(x.double(), linear.weight.double())
-        allowed = 0.02 * (x.double().abs().amax(1, keepdim=True) * linear.weight.double().abs().sum(1)) + 1e-3
+        step = x.double().abs().amax(1, keepdim=True) / (127 if getattr(linear, "fewer_bits", False) else 255)
+        allowed = 2**-7 * expected.abs() + 2**-8 * linear.weight.double().abs().amax(1) * inputs**0.5 + 1e-3
+        if isinstance(linear, Int8Products):
+            allowed = allowed + 1.05 * step * linear.weight.double().abs().sum(1)
         assert ((linear(x).double() - expected).abs() <= allowed).all()
 
 

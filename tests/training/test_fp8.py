@@ -10,7 +10,7 @@ from torch import nn
 from metalm.config import build
 from metalm.decoder import CausalDecoder, DecoderConfig
 from metalm.errors import ConfigError
-from metalm.training.config import TrainingConfig
+from metalm.training.config import TrainingConfig, load_run_config
 from metalm.training.engine import make_engine, setup_distributed
 from metalm.training.fp8 import use_fp8
 
@@ -59,19 +59,19 @@ def test_it_learns_under_the_engine():
     config = build(TrainingConfig, {"steps": 1, "fp8": "emulated", "lr": 3e-3}, "test")
     engine = make_engine(decoder(), config, rows=1)
     tokens = torch.randint(50, (4, 17), generator=torch.Generator().manual_seed(1))
-    first = last = float(loss(engine.module, tokens))
+    first = last = loss(engine.module, tokens).item()
     for _ in range(40):
         now = loss(engine.module, tokens)
         engine.backward(now)
         engine.step()
-        last = float(now)
+        last = now.item()
     assert last < 0.3 * first
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"fp8": "on"}, "no GPU with 8-bit floats"),
+        ({"fp8": "float8"}, "no GPU with 8-bit floats"),
         ({"fp8": "emulated", "deepspeed": "zero3"}, "take training.deepspeed=zero2"),
     ],
 )
@@ -80,6 +80,20 @@ def test_what_cannot_be_is_refused(values, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=message):
         make_engine(decoder(), build(TrainingConfig, {"steps": 1, **values}, "test"), rows=1)
+
+
+def test_a_configuration_names_it():
+    demo = ["variables.scenes=scenes", "out=run"]
+    for kind in ("none", "float8", "emulated"):
+        assert load_run_config("demo/pretrain.yaml", [*demo, f"training.fp8={kind}"]).training.fp8 == kind
+
+
+def test_what_does_not_train_stays():
+    model = decoder()
+    model.transformer.blocks[0].requires_grad_(False)
+    use_fp8(model, "emulated", stage=0)
+    first, second = (type(block.mlp.up) for block in model.transformer.blocks)
+    assert first is nn.Linear and second is not nn.Linear
 
 
 def test_a_model_without_fitting_maps_is_refused():
