@@ -3,15 +3,16 @@
     python -m benchmarks.train_step [--rounds 5] [--steps 1] [--threads 1] [--compile]
 
 `fixed`: 16 documents of 64 patches + 64 text tokens for both, one a row of 128. `captions`: 64 patches and a caption with the
-lengths of Flickr8k; the peer pads 32 pairs to the longest, METALM packs as many into 20 rows of 160 as its data stream would,
-two a row, whose attention is cheap; useful positions count, padding does not. `pictures`: 8 pictures with five such captions
-each, as Flickr8k has them. METALM reads a picture once and lets its captions branch off, which is the loss and the gradients of
-a document each (`metalm.segments`); the peer has a row for each of 40 captions; captions count. Forward, backward, and the same
-AdamW on float32 master weights for both; data are in memory. The ratio is the median over rounds of METALM's rate to the peer's
-in that round, so that whatever else runs on the machine hits both. `cpu_ratio` is the same in processor time: with `--threads
-1` it hardly depends on the other load at all (more threads wait for each other in a loop that counts as work). `--compile` is
-METALM as `training.compile` runs it; the peer stays as its `Trainer` runs it by default. `mfu` is the share of the rate of a
-large matrix product that the FLOPs of METALM's own products make, counted by torch without the optimizer.
+lengths of Flickr8k; METALM packs them into 20 rows of 160 as its data stream would, two a row, whose attention is cheap; the
+peer pads as many to the longest; useful positions count, padding does not. `pictures`: five such captions a picture, as
+Flickr8k has them. METALM reads a picture once and lets its captions branch off, which is the loss and the gradients of a
+document each (`metalm.segments`), in 5 rows of 384; the peer has a row for each of as many captions; captions count. Forward,
+backward, and the same AdamW on float32 master weights for both; data are in memory. The ratio is the median over rounds of
+METALM's rate to the peer's in that round, so that whatever else runs on the machine hits both. `cpu_ratio` is the same in
+processor time: with `--threads 1` it hardly depends on the other load at all (more threads wait for each other in a loop that
+counts as work). `--compile` is METALM as `training.compile` runs it; the peer stays as its `Trainer` runs it by default. `mfu`
+is the share of the rate of a large matrix product that the FLOPs of METALM's own products make, counted by torch without the
+optimizer.
 """
 
 from __future__ import annotations
@@ -177,17 +178,19 @@ def measure(rounds: int = 5, steps: int = 1, compiled: bool = False) -> dict[str
     fixed = random_documents([64] * 16)
     peer = build_llava(VISION, TEXT, VOCABULARY, IMAGE_TOKEN, tied=True).bfloat16()
     parameters = {"metalm_parameters": num_parameters(metalm), "peer_parameters": num_parameters(peer)}
-    mix = random.Random(0).choices(list(CAPTION_LENGTHS), list(CAPTION_LENGTHS.values()), k=512)
-    captioned, branching = random_documents(mix), branching_documents(mix[: 8 * CAPTIONS])
+    mix = random.Random(0).choices(list(CAPTION_LENGTHS), list(CAPTION_LENGTHS.values()), k=510)
+    captioned = random_documents(mix)
+    single, branching = packed(metalm, captioned, 160, 20), packed(metalm, branching_documents(mix), 384, 5)
+    captions = CAPTIONS * len(branching.keys)
     for name, batch, inputs in (
         ("fixed", packed(metalm, fixed, 128, 16), padded(fixed)),
-        ("captions", packed(metalm, captioned, 160, 20), padded(captioned[:32])),
-        ("pictures", packed(metalm, branching, 256, len(branching)), padded(captioned[: 8 * CAPTIONS])),
+        ("captions", single, padded(captioned[: len(single.keys)])),
+        ("pictures", branching, padded(captioned[:captions])),
     ):
         with FlopCounterMode(display=False) as counter:
             (plain(batch) / batch.num_targets).backward()
         positions = (batch.num_positions, int(inputs["attention_mask"].sum()))
-        useful = (8 * CAPTIONS, 8 * CAPTIONS) if name == "pictures" else positions
+        useful = (captions, captions) if name == "pictures" else positions
         shares = {
             "metalm_useful": positions[0] / batch.tokens_BT.numel(),
             "peer_useful": positions[1] / inputs["input_ids"].numel(),
