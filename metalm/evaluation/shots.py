@@ -42,11 +42,12 @@ def few_shot(
         DataError: the pool is too small.
     """
     prompts = []
-    shuffled = random.Random(seed).sample(pool, len(pool))
+    ordered = random.Random(seed).sample(pool, len(pool)) if same else pool
+    owners = [key(one).split("/")[0] for one in ordered] if shots else []
 
     def draw(example: Example) -> list[Example]:
         own = key(example).split("/")[0]
-        others = [other for other in (shuffled if same else pool) if key(other).split("/")[0] != own]
+        others = [other for other, owner in zip(ordered, owners) if owner != own]
         if len(others) < shots:
             raise DataError(f"{shots} shots need as many samples to draw from besides {own!r}; there are {len(others)}")
         return others[:shots] if same else random.Random(f"{seed} {key(example)}").sample(others, shots)
