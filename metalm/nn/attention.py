@@ -20,7 +20,7 @@ from torch import Tensor
 
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 CHUNK_SCORES = 1 << 26  # of soft-capped attention, held at a time: 256 MiB in float32
-CHUNK = 96  # queries that the CPU reads together where a mask lets them see few of the keys
+CHUNK, LONG_CHUNK = 96, 512  # queries that the CPU reads together where a mask lets them see few of the keys, or many
 SHORT = 640  # keys up to which plain matrix products train faster than the CPU's fused kernel, and their weights fit
 
 
@@ -97,14 +97,18 @@ class Mask:
 
     @cached_property
     def chunks(self) -> list[tuple[slice, slice]]:
-        """Every `CHUNK` queries in turn, with the stretch of keys that any of them sees; empty where that spares less than a
-        quarter of all pairs, as without a window or documents."""
-        if self.queries <= CHUNK:
-            return []
-        found = []
-        for start, seen_QK in zip(range(0, self.queries, CHUNK), self.dense.any(0)[0].split(CHUNK)):
-            key_S = seen_QK.any(0).nonzero()[:, 0].tolist()
-            found.append((slice(start, start + len(seen_QK)), slice(key_S[0], key_S[-1] + 1)))
+        """Every `CHUNK` queries in turn, with the stretch of keys that any of them sees, or every `LONG_CHUNK` where a stretch is
+        above `SHORT`; empty where that spares less than a quarter of all pairs, as without a window or documents."""
+        seen_QK = self.dense.any(0)[0]
+        for size in (CHUNK, LONG_CHUNK):
+            if self.queries <= size:
+                return []
+            found = []
+            for start, part_QK in zip(range(0, self.queries, size), seen_QK.split(size)):
+                key_S = part_QK.any(0).nonzero()[:, 0].tolist()
+                found.append((slice(start, start + len(part_QK)), slice(key_S[0], key_S[-1] + 1)))
+            if max(keys.stop - keys.start for _, keys in found) <= SHORT:
+                break
         pairs = sum((q.stop - q.start) * (k.stop - k.start) for q, k in found)
         return found if pairs < 0.75 * self.queries * self.keys else []
 

@@ -120,6 +120,11 @@ def test_chunks_of_queries_read_the_keys_that_they_see_and_no_others(monkeypatch
     torch.testing.assert_close(grads, others)
     assert Mask(lambda b, h, q, k: k >= 0, 2, 18, 18, CPU).chunks == []
     assert Mask(causal, 2, 4, 4, CPU).chunks == []
+    monkeypatch.setattr(attention, "SHORT", 5)
+    monkeypatch.setattr(attention, "LONG_CHUNK", 9)
+    longer = Mask(mask.predicate, 2, 18, 18, CPU)  # of stretches of 6 keys
+    assert longer.chunks == [(slice(0, 9), slice(0, 9)), (slice(9, 18), slice(7, 18))]
+    torch.testing.assert_close(attend(q, k, v, longer), expected)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
