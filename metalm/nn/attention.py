@@ -97,7 +97,7 @@ class Mask:
 
     @cached_property
     def chunks(self) -> list[tuple[slice, slice]]:
-        """Every `CHUNK` queries in turn, with the stretch of keys that any of them sees, or every `LONG_CHUNK` where a stretch is
+        """Every `CHUNK` queries in turn, with the stretch of keys that any of them sees, or `LONG_CHUNK` where a stretch is
         above `SHORT`; empty where that spares less than a quarter of all pairs, as without a window or documents."""
         seen_QK = self.dense.any(0)[0]
         for size in (CHUNK, LONG_CHUNK):
