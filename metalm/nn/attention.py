@@ -99,10 +99,10 @@ class Mask:
     def chunks(self) -> list[tuple[slice, slice]]:
         """Every `CHUNK` queries in turn, with the stretch of keys that any of them sees, or `LONG_CHUNK` where a stretch is
         above `SHORT`; empty where that spares less than a quarter of all pairs, as without a window or documents."""
+        if self.queries <= CHUNK:  # as in every step of decoding
+            return []
         seen_QK = self.dense.any(0)[0]
         for size in (CHUNK, LONG_CHUNK):
-            if self.queries <= size:
-                return []
             found = []
             for start, part_QK in zip(range(0, self.queries, size), seen_QK.split(size)):
                 key_S = part_QK.any(0).nonzero()[:, 0].tolist()

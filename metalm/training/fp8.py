@@ -50,7 +50,7 @@ def use_fp8(model: nn.Module, kind: FP8, stage: int) -> None:
         return sizes[0] % MULTIPLE == sizes[1] % MULTIPLE == 0 and module.weight.requires_grad
 
     blocks = [m for name, m in model.named_modules() if isinstance(m, Block) and not name.startswith(APART)]
-    if not any(fits(module, "") for block in blocks for module in block.modules()):
+    if not any(fits(module, name) for block in blocks for name, module in block.named_modules()):
         raise ConfigError(f"training.fp8: no block has linear maps whose sizes are multiples of {MULTIPLE}")
     for block in blocks:
         convert_to_float8_training(block, config=config, module_filter_fn=fits)
