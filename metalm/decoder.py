@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metalm.errors import ConfigError
 from metalm.nn.attention import KVCache, LayerMasks, Mask, all_of, by_window, causal, soft_cap, within
 from metalm.nn.freezing import Trainable
 from metalm.nn.linear import (
+    FEW_ROWS,
     Int8Linear,
     Int8Products,
     PackedLinear,
@@ -20,6 +22,7 @@ from metalm.nn.linear import (
     int4_or_int8,
     replace_linear,
 )
+from metalm.nn.losses import CHUNK_LOGITS
 from metalm.nn.transformer import Attends, TextStackConfig, Transformer, init_weights
 
 
@@ -69,6 +72,7 @@ class CausalDecoder(nn.Module):
         self.transformer = Transformer(config)
         self.softmax = nn.Identity() if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
         self.softmax.apply(init_weights)
+        self.exact_rows = 0  # up to so many, states are float32 between maps whose weights are bfloat16
 
     @property
     def softmax_weight(self) -> Tensor:
@@ -95,17 +99,30 @@ class CausalDecoder(nn.Module):
         if self.config.window and mask == "causal":
             B, T = position_BT.shape
             mask = by_window(self.config.windows, lambda n: Mask(all_of(causal, within(position_BT, n)), B, T, T, x_BTD.device))
+        if position_BT.numel() <= self.exact_rows:
+            x_BTD = x_BTD.float()
         return self.transformer(x_BTD, position_BT, mask, cache, places_N)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
         tied = isinstance(self.softmax, nn.Identity)
-        logits = nn.functional.linear(hidden, self.embedding.weight) if tied else self.softmax(hidden)
+        logits = F.linear(hidden, self.embedding.weight) if tied else self.softmax(hidden)
         return soft_cap(logits, self.config.logit_softcap)
+
+    @torch.no_grad()
+    def nats(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+        """-log p of tokens after states, [N] in float32 or better, with the weights as they are laid out; for reading alone."""
+        chunk = max(1, CHUNK_LOGITS // self.config.vocab_size)
+        exact = torch.promote_types(hidden_ND.dtype, torch.float32)
+        pairs = zip(hidden_ND.split(chunk), targets_N.split(chunk))
+        return torch.cat([F.cross_entropy(self.logits(h).to(exact), t, reduction="none") for h, t in pairs])
 
     @torch.no_grad()
     def prepare_for_inference(self, weights: Weights = "as they are") -> None:
         """Lays the linear maps out for reading, for good: what is left can neither be trained nor saved.
+
+        On a CPU the states of a step of decoding are float32 from then on, where weights are bfloat16: that is what kernels of
+        few rows compute in, and casts between them cost more than they do.
 
         Args:
             weights: "int8" rounds them (`metalm.nn.linear`), and where they are tied the embeddings with them; so does
@@ -130,3 +147,7 @@ class CausalDecoder(nn.Module):
             self.embedding.weight.copy_(self.softmax.weight)
         replace_linear(self.transformer, int4_or_int8 if weights == "int4" else make)
         replace_linear(self, make)
+        if weight_VD.device.type == "cpu" and weight_VD.dtype == torch.bfloat16:
+            self.exact_rows = FEW_ROWS
+            for norm in (module for module in self.modules() if isinstance(module, nn.LayerNorm)):
+                norm.float()

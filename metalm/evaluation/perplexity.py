@@ -18,7 +18,6 @@ from metalm.evaluation.predictor import load_decoding
 from metalm.evaluation.result import Prediction, Result
 from metalm.inference.generate import batched
 from metalm.model import MetaLM
-from metalm.nn.losses import weighted_cross_entropy
 from metalm.objectives import OBJECTIVES
 from metalm.objectives.base import ObjectiveConfig
 from metalm.segments import Document, make_batch
@@ -72,8 +71,7 @@ def read(model: MetaLM, documents: list[Document], batch_size: int) -> list[floa
     for numbers in batched(documents, batch_size):
         batch = make_batch([[documents[n]] for n in numbers], model.processors, len(documents[numbers[0]])).to(device)
         hidden_LD = model.hidden(batch, places_N=batch.places_L)
-        weight_VD, softcap = model.decoder.softmax_weight, model.config.decoder.logit_softcap
-        _, nats_L = weighted_cross_entropy(hidden_LD, weight_VD, batch.targets_L, softcap=softcap)
+        nats_L = model.decoder.nats(hidden_LD, batch.targets_L)
         sums_B = nats_L.new_zeros(len(numbers)).index_add(0, batch.places_L // batch.tokens_BT.shape[1], nats_L)
         for n, own in zip(numbers, sums_B.tolist()):
             nats[n] = own

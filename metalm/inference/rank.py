@@ -18,7 +18,6 @@ import torch
 
 from metalm.errors import ConfigError
 from metalm.model import MetaLM
-from metalm.nn.losses import weighted_cross_entropy
 from metalm.segments import IGNORE, Document, Span, Text, load_spans, make_batch
 
 
@@ -44,8 +43,7 @@ def score_choices(model: MetaLM, prompts: Sequence[Document], choices: Sequence[
     device = next(model.parameters()).device
     batch = make_batch([[load_spans(document, model.processors)] for document in documents], model.processors).to(device)
     hidden_LD = model.hidden(batch, places_N=batch.places_L)
-    weight_VD, softcap = model.decoder.softmax_weight, model.config.decoder.logit_softcap
-    _, nats_L = weighted_cross_entropy(hidden_LD, weight_VD, batch.targets_L, softcap=softcap)
+    nats_L = model.decoder.nats(hidden_LD, batch.targets_L)
     nats = iter(nats_L.split([len(choice) for own in choices for choice in own]))
     return [[-float(next(nats).sum()) for _ in own] for own in choices]
 

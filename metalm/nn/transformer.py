@@ -195,7 +195,7 @@ class Attention(nn.Module):
         bias = config.bias if config.qkv_bias is None else config.qkv_bias
         self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=bias)
         self.query_norm, self.key_norm = (
-            nn.RMSNorm(self.head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+            RMSNorm(self.head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
         )
         self.out = nn.Linear(self.heads * self.head_width, config.width, bias=config.bias)
 

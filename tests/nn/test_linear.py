@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import nn
 
 from metalm.errors import ConfigError
 from metalm.nn import linear as layouts
+from metalm.nn.attention import soft_cap
 from metalm.nn.linear import (
     FEW_INT8_ROWS,
     FEW_ROWS,
@@ -219,3 +222,32 @@ def test_a_decoder_is_laid_out_as_a_whole(dtype, kind, tied):
     if kind is Int8Linear:  # evaluations read the matrix itself
         hidden = torch.randn(3, 32)
         torch.testing.assert_close(decoder.logits(hidden), F.linear(hidden, decoder.softmax_weight))
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("choices", [{}, {"norm": "rms", "mlp": "swiglu", "qk_norm": True, "kv_heads": 2}, {"post_norm": True}])
+def test_states_of_few_rows_are_those_of_float32(choices):
+    """Weights of bfloat16 and nothing else is rounded; a prompt of more rows is read in bfloat16."""
+    torch.manual_seed(0)
+    decoder = tiny_model(30, positions="rotary", **choices).bfloat16().decoder
+    exact = copy.deepcopy(decoder).float()
+    decoder.prepare_for_inference()
+    tokens, positions = torch.arange(16).view(2, 8), torch.arange(8).expand(2, 8)
+    with torch.inference_mode():
+        few, whole, expected = (
+            one.logits(one(one.embed(tokens[:, :n]), positions[:, :n])) for one, n in ((decoder, 4), (decoder, 8), (exact, 8))
+        )
+    assert (few.dtype, whole.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(few, expected[:, :4], rtol=1e-5, atol=1e-5)
+    assert (whole - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("chunk", [1, 60, 1 << 24])
+def test_nats_of_tokens_are_those_of_the_loss(monkeypatch, softcap, chunk):
+    monkeypatch.setattr("metalm.decoder.CHUNK_LOGITS", chunk)
+    decoder = tiny_model(30, positions="rotary", logit_softcap=softcap).double().decoder
+    hidden, targets = torch.randn(7, 32, dtype=torch.float64), torch.arange(7)
+    expected = -soft_cap(hidden @ decoder.softmax_weight.T, softcap).log_softmax(-1)[range(7), targets]
+    torch.testing.assert_close(decoder.nats(hidden, targets), expected)
+    assert decoder.nats(hidden[:0], targets[:0]).shape == (0,)
