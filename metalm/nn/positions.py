@@ -36,8 +36,8 @@ class LearnedPositions(nn.Embedding):
 def rotary_tables(
     position_BT: Tensor, head_width: int, base: float = 10000.0, scaling: dict[str, float] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, T, D] in float32 for `rotate`, the first half of the sines negative. Source: RoFormer, in the
-    half-split layout of Llama.
+    """Cosines and sines [B, 1, T, 2, D/2] in float32 for `rotate`, the first half of the sines negative. Source: RoFormer, in
+    the half-split layout of Llama.
 
     Args:
         scaling: Llama 3's `factor`, `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`; `factor`
@@ -49,7 +49,7 @@ def rotary_tables(
         frequencies = scale_frequencies(frequencies, **scaling)
     angles = position_BT[:, None, :, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    return torch.stack([cos, cos], dim=-2), torch.stack([-sin, sin], dim=-2)
 
 
 def scale_frequencies(
@@ -73,8 +73,8 @@ def scale_frequencies(
 
 def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x_i, x_{i + D/2}) by their position's angles."""
-    x = x_BHTD.to(torch.promote_types(x_BHTD.dtype, torch.float32))
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x_BHTD.dtype)
+    halves = x_BHTD.to(torch.promote_types(x_BHTD.dtype, torch.float32)).unflatten(-1, (2, -1))
+    return torch.addcmul(halves * cos, halves.flip(-2), sin).flatten(-2).to(x_BHTD.dtype)
 
 
 class RelativeBias(nn.Module):
