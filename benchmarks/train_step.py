@@ -1,4 +1,4 @@
-"""Positions/s of one training step, METALM against Hugging Face's LLaVA of the same shape, interleaved in one process.
+"""Positions/s of one training step, METALM against Hugging Face's LLaVA of the same shape, in turns.
 
     python -m benchmarks.train_step [--rounds 5] [--steps 1] [--threads 1] [--compile]
 
@@ -10,9 +10,10 @@ document each (`metalm.segments`), in 5 rows of 384; the peer has a row for each
 backward, and the same AdamW on float32 master weights for both; data are in memory. The ratio is the median over rounds of
 METALM's rate to the peer's in that round, so that whatever else runs on the machine hits both. `cpu_ratio` is the same in
 processor time: with `--threads 1` it hardly depends on the other load at all (more threads wait for each other in a loop that
-counts as work). `--compile` is METALM as `training.compile` runs it; the peer stays as its `Trainer` runs it by default. `mfu`
-is the share of the rate of a large matrix product that the FLOPs of METALM's own products make, counted by torch without the
-optimizer.
+counts as work). Each side has a process of its own: METALM's keeps the memory that it frees, as `metalm train` does; the peer's
+does what Python does. `--compile` is METALM as `training.compile` runs it; the peer stays as its `Trainer` runs it by default.
+`mfu` is the share of the rate of a large matrix product that the FLOPs of METALM's own products make, counted by torch without
+the optimizer.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.apart import Apart
 from benchmarks.mfu import matrix_rate
 from benchmarks.mixed_precision import MasterAdamW
 from benchmarks.peer_llava import TEXT, VISION, VOCABULARY, build_llava, num_parameters
@@ -35,6 +37,7 @@ from metalm.model import MetaLM, MetaLMConfig
 from metalm.nn.packing import pack
 from metalm.segments import IGNORE, Batch, Document, Span, Text, make_batch
 from metalm.training.compiling import compile_blocks
+from metalm.training.engine import keep_freed_memory
 
 PATCHES = (VISION["image_size"] // VISION["patch_size"]) ** 2
 IMAGE_TOKEN = VOCABULARY - 1
@@ -141,16 +144,34 @@ def llava_step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[]
     return step
 
 
-def seconds(step: Callable[[], None], steps: int) -> tuple[float, float]:
-    """Wall-clock and processor seconds a step."""
-    wall, processor = time.perf_counter(), time.process_time()
+def metalm_side(batch: Batch, compiled: bool) -> Callable[[], None]:
+    """METALM's step as `metalm train` takes it."""
+    keep_freed_memory()
+    model = build_metalm().bfloat16()
+    if compiled:
+        compile_blocks(model)
+    return metalm_step(model, batch)
+
+
+def llava_side(inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    return llava_step(make_peer(), inputs)
+
+
+def make_peer() -> nn.Module:
+    return build_llava(VISION, TEXT, VOCABULARY, IMAGE_TOKEN, tied=True).bfloat16()
+
+
+def seconds(step: Callable[[], object], steps: int) -> tuple[float, float]:
+    """Wall-clock and processor seconds a step, of this process or of the one where it runs (`benchmarks.apart`)."""
+    processor_time = step.processor_time if isinstance(step, Apart) else time.process_time
+    wall, processor = time.perf_counter(), processor_time()
     for _ in range(steps):
         step()
-    return (time.perf_counter() - wall) / steps, (time.process_time() - processor) / steps
+    return (time.perf_counter() - wall) / steps, (processor_time() - processor) / steps
 
 
 def compare(
-    ours: Callable[[], None], peer: Callable[[], None], positions: tuple[int, int], rounds: int, steps: int
+    ours: Callable[[], object], peer: Callable[[], object], positions: tuple[int, int], rounds: int, steps: int
 ) -> dict[str, float]:
     """Medians over rounds of both rates in positions/s, and of their ratio; `positions` a step of ours and of the peer's."""
     ours(), peer()
@@ -170,14 +191,11 @@ def compare(
 
 def measure(rounds: int = 5, steps: int = 1, compiled: bool = False) -> dict[str, dict[str, float]]:
     """The comparisons by name, with the parameters and the share of useful positions of either side."""
-    metalm, plain = (build_metalm().bfloat16() for _ in range(2))
-    if compiled:
-        compile_blocks(metalm)
+    metalm = build_metalm().bfloat16()
+    parameters = {"metalm_parameters": num_parameters(metalm), "peer_parameters": num_parameters(make_peer())}
     results = {}
     torch.manual_seed(0)
     fixed = random_documents([64] * 16)
-    peer = build_llava(VISION, TEXT, VOCABULARY, IMAGE_TOKEN, tied=True).bfloat16()
-    parameters = {"metalm_parameters": num_parameters(metalm), "peer_parameters": num_parameters(peer)}
     mix = random.Random(0).choices(list(CAPTION_LENGTHS), list(CAPTION_LENGTHS.values()), k=510)
     captioned = random_documents(mix)
     single, branching = packed(metalm, captioned, 160, 20), packed(metalm, branching_documents(mix), 384, 5)
@@ -188,14 +206,15 @@ def measure(rounds: int = 5, steps: int = 1, compiled: bool = False) -> dict[str
         ("pictures", branching, padded(captioned[:captions])),
     ):
         with FlopCounterMode(display=False) as counter:
-            (plain(batch) / batch.num_targets).backward()
+            (metalm(batch) / batch.num_targets).backward()
         positions = (batch.num_positions, int(inputs["attention_mask"].sum()))
         useful = (captions, captions) if name == "pictures" else positions
         shares = {
             "metalm_useful": positions[0] / batch.tokens_BT.numel(),
             "peer_useful": positions[1] / inputs["input_ids"].numel(),
         }
-        timed = compare(metalm_step(metalm, batch), llava_step(peer, inputs), useful, rounds, steps)
+        with Apart(metalm_side, batch, compiled) as ours, Apart(llava_side, inputs) as peer:
+            timed = compare(ours, peer, useful, rounds, steps)
         rate = max(matrix_rate(torch.device("cpu"), 1024) for _ in range(5))
         mfu = counter.get_total_flops() * timed["metalm"] / useful[0] / rate
         results[name] = timed | parameters | shares | {"mfu": mfu}

@@ -1,0 +1,52 @@
+"""A side in a process of its own: called there, with this process's threads; its processor time is its own."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.apart import Apart
+from benchmarks.train_step import seconds
+
+
+def writer(path: Path, busy: float):
+    def step() -> None:
+        until = time.process_time() + busy
+        while time.process_time() < until:
+            pass
+        with path.open("a") as file:
+            file.write(f"{os.getpid()} {torch.get_num_threads()}\n")
+
+    return step
+
+
+def breaking():
+    def step() -> None:
+        raise ValueError("broken")
+
+    return step
+
+
+def test_each_call_is_one_there_and_its_time_is_counted(tmp_path):
+    path = tmp_path / "calls"
+    with Apart(writer, path, 0.2) as step:
+        step()
+        wall, processor = seconds(step, 2)
+    calls = path.read_text().splitlines()
+    assert len(calls) == 3
+    assert len(set(calls)) == 1
+    process, threads = calls[0].split()
+    assert int(process) != os.getpid()
+    assert int(threads) == torch.get_num_threads()
+    assert wall >= processor * 0.9
+    assert processor >= 0.2
+    assert not step.process.is_alive()
+
+
+def test_a_side_that_breaks_is_an_error_here():
+    with Apart(breaking) as step, pytest.raises(RuntimeError, match="the other side's process has ended"):
+        step()
