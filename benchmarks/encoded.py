@@ -19,8 +19,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.mixed_precision import MasterAdamW
-from benchmarks.token_reduction import rates, show
-from benchmarks.train_step import seconds
+from benchmarks.train_step import compare, seconds
 from metalm.config import build
 from metalm.data.states import pack_states, unpack_states
 from metalm.model import MetaLM, MetaLMConfig
@@ -71,27 +70,20 @@ def training_step(model: MetaLM, documents: list[Document], optimizer: MasterAda
     return step
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.encoded", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pictures", type=int, default=4, help="a step")
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+def measure(rounds: int = 5, pictures: int = 4) -> dict[str, float]:
+    """Positions/s of a step on stored states (`metalm`) and on pictures (`peer`), their ratios; kB and ms of either picture."""
     torch.manual_seed(0)
     model = MetaLM(build(MetaLMConfig, MODEL, "benchmark")).bfloat16().train()
     raw = [
         Document([Span("image", {"image": make_jpeg(n)}, STATES), Text(torch.randint(VOCABULARY, (CAPTION,)).tolist())])
-        for n in range(arguments.pictures)
+        for n in range(pictures)
     ]
     stored = [store(model, document) for document in raw]
     optimizer = MasterAdamW(model, lr=1e-4)
-    steps = {number: training_step(model, documents, optimizer) for number, documents in enumerate((raw, stored))}
-    names = ("pictures", "stored states")
-    measured = rates(steps, arguments.pictures * (STATES + CAPTION), arguments.rounds)
-    show("a training step", measured, lambda number: names[number], "positions/s")
-    for name, documents in zip(names, (raw, stored)):
+    positions = pictures * (STATES + CAPTION)
+    on_states, on_pictures = (training_step(model, documents, optimizer) for documents in (stored, raw))
+    results = compare(on_states, on_pictures, (positions, positions), rounds, 1)
+    for name, documents in (("stored", stored), ("raw", raw)):
 
         def load(documents: list[Document] = documents) -> None:
             for document in documents:
@@ -100,9 +92,25 @@ def main() -> None:
         load()
         _, processor_time = seconds(load, 5)
         inputs = documents[0].segments[0].inputs
-        size = len(inputs["image"]) if "image" in inputs else len(inputs["states"].data)
+        results[f"{name}_kb"] = (len(inputs["image"]) if "image" in inputs else len(inputs["states"].data)) / 1e3
+        results[f"{name}_ms"] = 1e3 * processor_time / pictures
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.encoded", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pictures", type=int, default=4, help="a step")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    found = measure(arguments.rounds, arguments.pictures)
+    print(f"a training step: {found['ratio']:.2f} x on stored states ({found['cpu_ratio']:.2f} in processor time)")
+    for name, side, key in (("pictures", "peer", "raw"), ("stored states", "metalm", "stored")):
         print(
-            f"{name:16s} {size / 1e3:6.0f} kB each, loaded in {1e3 * processor_time / len(documents):.2f} ms of processor time"
+            f"  {name:14s} {found[side]:6,.0f} positions/s  {found[f'{key}_kb']:4.0f} kB each, loaded in "
+            f"{found[f'{key}_ms']:.2f} ms of processor time"
         )
 
 

@@ -5,8 +5,9 @@
 A small model (ViT of 4 layers, 192 wide; decoder of 4 layers, 256 wide), bfloat16, forward and backward, one quantity at a
 time, the others held. `each` is the time a position (a text's, an image's, a target's): where it leaves the least of its curve
 by half, growth has ceased to be linear. Processes, with a thread and 24 full rows each, train the demo's model under each ZeRO
-stage: what share of twice one process's positions/s two reach. The curve of GPUs is no measurement but `zero_efficiency`, with
-the measured seconds of a step and the parameters of a model put in.
+stage: what share of twice one process's positions/s two reach. The curve of GPUs is no measurement but `zero_efficiency`, for a
+step of `--parameters` and `--positions` a GPU at `--gpu-rate`, of which it reaches the share that one process reached of this
+machine's matrix rate.
 """
 
 from __future__ import annotations
@@ -118,9 +119,13 @@ def measure(rounds: int = 3, longest: int = 16384) -> list[dict]:
     return points
 
 
-def processes(rounds: int, counts: tuple[int, ...] = (1, 2), stages: tuple[int, ...] = (0, 2, 3)) -> dict[int, list[float]]:
-    """By ZeRO stage the positions/s of so many processes together, each with a thread and 24 rows of its own."""
+def processes(
+    rounds: int, counts: tuple[int, ...] = (1, 2), stages: tuple[int, ...] = (0, 2, 3)
+) -> tuple[dict[int, list[float]], float]:
+    """By ZeRO stage the positions/s of so many processes together, each with a thread and 24 rows of its own; and the share of
+    the matrix rate that the first of them reached."""
     rates: dict[int, list[float]] = {stage: [] for stage in stages}
+    shares = []
     for stage, count in ((stage, count) for stage in stages for count in counts):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
         run = ["-m", "benchmarks.mfu", "demo/pretrain.yaml", "data.rows=24", f"training.deepspeed=zero{stage}"]
@@ -128,8 +133,14 @@ def processes(rounds: int, counts: tuple[int, ...] = (1, 2), stages: tuple[int, 
         out = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True)
         each = [float(rate.replace(",", "")) for rate in re.findall(r"([\d,]+) positions/s", out.stdout)]
         rates[stage].append(sum(each))
+        shares += re.findall(r"= ([\d.]+)% of", out.stdout)
         print(f"{count} processes, ZeRO-{stage}: {sum(each):,.0f} positions/s", flush=True)
-    return rates
+    return rates, float(shares[0]) / 100
+
+
+def gpu_seconds(parameters: float, positions: float, share: float, rate: float) -> float:
+    """What a step takes: 6 FLOPs a parameter and position, at a share of the GPU's matrix rate in FLOP/s."""
+    return 6 * parameters * positions / (share * rate)
 
 
 def zero_efficiency(
@@ -169,7 +180,7 @@ def plot(points: list[dict], gpus: list[tuple[int, int, float]], path: Path) -> 
         least = min(point["each"] for point in own)
         left.plot([p["size"] / own[0]["size"] for p in own], [p["each"] / least for p in own], marker="o", label=name)
     left.set(xscale="log", yscale="log", xlabel="size, of the first", ylabel="cost of a position, of the least")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper left")
     for stage in sorted({stage for _, stage, _ in gpus}):
         own = [(count, share) for count, of, share in gpus if of == stage]
         right.plot(*zip(*own), marker="o", label=f"ZeRO-{stage}")
@@ -186,20 +197,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--longest", type=int, default=16384)
     parser.add_argument("--parameters", type=float, default=1.3e9, help="of the model of the last curve")
-    parser.add_argument("--step-seconds", type=float, default=1.0, help="what a step of it takes on one GPU")
+    parser.add_argument("--positions", type=float, default=32768, help="of a step of it on each GPU")
+    parser.add_argument("--gpu-rate", type=float, default=800e12, help="FLOP/s of a GPU's large matrix products")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     points = measure(arguments.rounds, arguments.longest)
+    rates, share = processes(arguments.rounds)
+    step_seconds = gpu_seconds(arguments.parameters, arguments.positions, share, arguments.gpu_rate)
     gpus = [
-        (count, stage, zero_efficiency(count, stage, arguments.parameters, arguments.step_seconds))
+        (count, stage, zero_efficiency(count, stage, arguments.parameters, step_seconds))
         for stage in (2, 3)
         for count in (8, 16, 32, 64, 128, 256, 512, 1024)
     ]
     plot(points, gpus, arguments.out / "growth.png")
-    rates = processes(arguments.rounds)
-    (arguments.out / "growth.json").write_text(json.dumps({"points": points, "processes": rates}, indent=1))
+    found = {"points": points, "processes": rates, "share": share, "step_seconds": step_seconds, "gpus": gpus}
+    (arguments.out / "growth.json").write_text(json.dumps(found, indent=1))
     table = Table(title=f"{torch.get_num_threads()} threads")
     for column in ("curve", "size", "seconds", "each, µs"):
         table.add_column(column, justify="left" if column == "curve" else "right")
@@ -211,9 +225,10 @@ def main() -> None:
         console.print(f"{name}: " + (f"no longer linear from {size:,} on" if size else "linear throughout"))
     for stage, (one, two) in rates.items():
         console.print(f"ZeRO-{stage}: two processes reach {two / (2 * one):.0%} of twice one's positions/s")
-    for count, stage, share in gpus:
+    console.print(f"a process reached {share:.0%} of the matrix rate: {step_seconds:.2f} s a step of the GPUs' model")
+    for count, stage, computing in gpus:
         if count in (8, 64, 1024):
-            console.print(f"ZeRO-{stage} on {count:,} GPUs: at least {share:.0%} of the time computing")
+            console.print(f"ZeRO-{stage} on {count:,} GPUs: at least {computing:.0%} of the time computing")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import engine_cost, generation, loader, memory, train_step
+from benchmarks import encoded, engine_cost, generation, loader, memory, train_step
 
 OUT = Path("runs/bench/results.json")
 LLAVA = "transformers LlavaForConditionalGeneration"
@@ -38,7 +38,7 @@ PEERS = {  # of generation, where it is not `GENERATE`
 
 def training(rounds: int) -> list[dict]:
     """Training positions/s against LLaVA, a fixed batch and captions as they come, and captions/s of pictures with five, plain
-    and with `training.compile`; the share of the matrix rate that is reached; what the engine costs."""
+    and with `training.compile`; the share of the matrix rate that is reached; what stored states save and the engine costs."""
     bars = {"fixed": 1.6, "captions": 2.2, "pictures": 2.2}
     results = []
     for compiled in (False, True):
@@ -52,6 +52,8 @@ def training(rounds: int) -> list[dict]:
                 entry(f"{label}/peer", result["peer"], unit, LLAVA),
                 entry(f"{label}/mfu", result["mfu"], "x", "a large matrix product", at_least=0.35),
             ]
+    stored = encoded.measure(rounds)
+    results.append(entry("stored_states", stored["ratio"], "x", "METALM, a frozen encoder run each time"))
     engine = engine_cost.measure(rounds)
     results.append(entry("engine", 1 / engine["ratio"], "x", "the same step without DeepSpeed", at_least=1 / 1.08))
     return results

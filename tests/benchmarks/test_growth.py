@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.growth import bends, zero_efficiency
+from benchmarks.growth import bends, gpu_seconds, zero_efficiency
 
 
 def curve(name: str, costs: dict[int, float]) -> list[dict]:
@@ -14,6 +14,10 @@ def curve(name: str, costs: dict[int, float]) -> list[dict]:
 def test_a_curve_bends_where_a_position_costs_half_as_much_again():
     points = curve("straight", {1: 3.0, 2: 1.1, 4: 1.0, 8: 1.4}) + curve("bent", {1: 1.0, 2: 1.2, 4: 1.6, 8: 4.0})
     assert bends(points) == {"straight": None, "bent": 4}
+
+
+def test_a_step_takes_its_flops_at_the_share_of_the_rate():
+    assert gpu_seconds(1e9, 1000, 0.5, 1e12) == pytest.approx(12.0)
 
 
 def test_communication_grows_with_gpus_and_stage():
