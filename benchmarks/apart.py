@@ -13,6 +13,8 @@ import torch
 class Apart:
     """What `make(*arguments)` gives, called in another process with as many threads; a context, which ends it.
 
+    `make` must be a module's own, and the arguments such as can be pickled.
+
     Raises:
         RuntimeError: the other process has ended; what was wrong, it has written.
     """
@@ -33,7 +35,9 @@ class Apart:
             raise RuntimeError("the other side's process has ended") from error
 
     def processor_time(self) -> float:
-        """Seconds of processor time that the process has taken up to the last call's end."""
+        """Seconds of processor time that the process has taken up to the last call's end; there must have been one, for making
+        things takes time, too."""
+        assert self.used, "a first call warms up"
         return self.used
 
     def __enter__(self) -> Apart:
@@ -45,6 +49,7 @@ class Apart:
 
 
 def serve(pipe: Connection, threads: int, make: Callable[..., Callable[[], object]], arguments: tuple) -> None:
+    """Calls what is made as often as it is asked to, and answers with the process's time, until the other end is closed."""
     torch.set_num_threads(threads)
     step = make(*arguments)
     while True:

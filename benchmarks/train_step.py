@@ -154,10 +154,12 @@ def metalm_side(batch: Batch, compiled: bool) -> Callable[[], None]:
 
 
 def llava_side(inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """The peer's step, in a process left as it is."""
     return llava_step(make_peer(), inputs)
 
 
 def make_peer() -> nn.Module:
+    """LLaVA of the 37M shape, in bfloat16."""
     return build_llava(VISION, TEXT, VOCABULARY, IMAGE_TOKEN, tied=True).bfloat16()
 
 

@@ -105,24 +105,31 @@ class CausalDecoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
+        return soft_cap(self.scores(hidden), self.config.logit_softcap)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """The logits before their cap."""
         tied = isinstance(self.softmax, nn.Identity)
-        logits = F.linear(hidden, self.embedding.weight) if tied else self.softmax(hidden)
-        return soft_cap(logits, self.config.logit_softcap)
+        return F.linear(hidden, self.embedding.weight) if tied else self.softmax(hidden)
 
     @torch.no_grad()
     def nats(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """-log p of tokens after states, [N] in float32 or better, with the weights as they are laid out; for reading alone."""
         chunk = max(1, CHUNK_LOGITS // self.config.vocab_size)
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
-        pairs = zip(hidden_ND.split(chunk), targets_N.split(chunk))
-        return torch.cat([F.cross_entropy(self.logits(h).to(exact), t, reduction="none") for h, t in pairs])
+        nats = []
+        for hidden, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk)):
+            logits = soft_cap(self.scores(hidden).to(exact), self.config.logit_softcap)
+            nats.append(F.cross_entropy(logits, targets, reduction="none"))
+        return torch.cat(nats)
 
     @torch.no_grad()
     def prepare_for_inference(self, weights: Weights = "as they are") -> None:
         """Lays the linear maps out for reading, for good: what is left can neither be trained nor saved.
 
-        On a CPU the states of a step of decoding are float32 from then on, where weights are bfloat16: that is what kernels of
-        few rows compute in, and casts between them cost more than they do.
+        It is for a model on its device and in its type, before its first layers are taken as a draft. On a CPU the states of a
+        step of decoding are float32 from then on, where weights are bfloat16 or "w8a8": that is what these kernels compute in,
+        and casts between them cost more than they do.
 
         Args:
             weights: "int8" rounds them (`metalm.nn.linear`), and where they are tied the embeddings with them; so does
@@ -147,7 +154,7 @@ class CausalDecoder(nn.Module):
             self.embedding.weight.copy_(self.softmax.weight)
         replace_linear(self.transformer, int4_or_int8 if weights == "int4" else make)
         replace_linear(self, make)
-        if weight_VD.device.type == "cpu" and weight_VD.dtype == torch.bfloat16:
+        if make in (PackedLinear, Int8Products) and weight_VD.dtype == torch.bfloat16 and has_fbgemm():
             self.exact_rows = FEW_ROWS
             for norm in (module for module in self.modules() if isinstance(module, nn.LayerNorm)):
                 norm.float()

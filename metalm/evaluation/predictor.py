@@ -51,8 +51,7 @@ class Predictor:
 
         Args:
             dtype: float32, bfloat16, or int8 or int4: the decoder's weights rounded to it (`metalm.nn.linear`), all else
-                bfloat16; or w8a8: products of integers. On a CPU bfloat16 holds each weight twice, in 4 bytes. Ranking
-                and perplexity multiply rounded softmaxes in floats.
+                bfloat16; or w8a8: products of integers. On a CPU bfloat16 holds each weight twice, in 4 bytes.
             draft: another run with the same tokenizer, or how many of the model's first layers, that guess ahead.
 
         Raises:

@@ -63,13 +63,13 @@ class RowCache(KVCache):
         """Stores the call's keys and values of a layer, and returns all that its rows have."""
         if self.keys[layer] is None:
             _, G, _, D = k_RGTD.shape
-            shape = self.num_rows, G, self.capacity, D
-            self.keys[layer], self.values[layer] = k_RGTD.new_zeros(shape), v_RGTD.new_zeros(shape)
+            shape, dtype = (self.num_rows, G, self.capacity, D), self.kept_in(k_RGTD)
+            self.keys[layer], self.values[layer] = (x.new_zeros(shape, dtype=dtype) for x in (k_RGTD, v_RGTD))
         every = torch.arange(len(self.keys[layer]), device=k_RGTD.device)
         row_R = every if self.rows is None else every[self.rows]
         kept = []
         for stored, new in ((self.keys[layer], k_RGTD), (self.values[layer], v_RGTD)):
-            stored[row_R[:, None], :, self.slot_RT] = new.transpose(1, 2)
+            stored[row_R[:, None], :, self.slot_RT] = new.transpose(1, 2).to(stored.dtype)
             seen = stored[:, :, : self.end]
             own = seen if self.rows is None else seen[row_R]
             kept.append(torch.cat([own, seen[row_R ^ 1]], dim=2) if self.both_sides else own)

@@ -278,9 +278,8 @@ class KVCache:
         """
         if self.keys[layer] is None:
             B, G, _, D = k_BGTD.shape
-            exact = k_BGTD.device.type == "cpu" and k_BGTD.dtype == torch.bfloat16
-            shape, dtype = (B, G, self.capacity, D), torch.float32 if exact else k_BGTD.dtype
-            self.keys[layer], self.values[layer] = k_BGTD.new_empty(shape, dtype=dtype), v_BGTD.new_empty(shape, dtype=dtype)
+            shape, dtype = (B, G, self.capacity, D), self.kept_in(k_BGTD)
+            self.keys[layer], self.values[layer] = (x.new_empty(shape, dtype=dtype) for x in (k_BGTD, v_BGTD))
         end = self.length + k_BGTD.shape[2]
         assert end <= self.capacity, f"a cache of {self.capacity} positions cannot hold {end}"
         self.keys[layer][:, :, self.length : end] = k_BGTD
@@ -288,6 +287,11 @@ class KVCache:
         if self.length == 0:  # as they came: many queries are faster in bfloat16
             return k_BGTD, v_BGTD
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    @staticmethod
+    def kept_in(x: Tensor) -> torch.dtype:
+        """The type in which such keys and values are held."""
+        return torch.float32 if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x.dtype
 
     def advance(self, positions: int) -> None:
         self.length += positions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 
@@ -292,3 +293,21 @@ def test_bad_settings_and_too_long_texts():
     small = MIM(build(MIMConfig, {"decoder": decoder, "r2l_token": R2L}, "test")).eval()
     with pytest.raises(DataError, match="leaves no room for 64 tokens in 32"):
         infill(small, [Hole([3, 4], [5])], START, END, InfillConfig(max_new_tokens=64))
+
+
+@torch.inference_mode()
+def test_in_bfloat16_laid_out_for_inference_a_cache_gives_what_none_gives(model):
+    """Contexts are read in bfloat16, single tokens in float32, into the same cache: logits to bfloat16's rounding."""
+    rounded = copy.deepcopy(model).bfloat16()
+    exact = copy.deepcopy(rounded).double()
+    rounded.decoder.prepare_for_inference()
+    sides = [START, *range(3, 15)], [R2L, *range(4, 16)]
+    readings = Readings(rounded, 1, longest=40)
+    requests = Reading(0, list(sides[0])), Reading(0, list(sides[1]))
+    for token in (5, 9, 20):
+        for side, logits in zip(sides, readings({0: requests})[0]):
+            expected = logits_after(exact, side)[-1]
+            assert (logits[-1] - expected).abs().mean() < 0.05 * expected.abs().mean()
+        requests = tuple(Reading(len(side), [token]) for side in sides)
+        for side in sides:
+            side.append(token)

@@ -198,6 +198,7 @@ def test_w8a8_is_refused_without_its_products(monkeypatch):
         (torch.float32, nn.Linear),
         (torch.float32, Int8Linear),
         (torch.float32, Int4Linear),
+        (torch.bfloat16, Int8Linear),
         (torch.bfloat16, Int4Linear),
         pytest.param(torch.float32, Int8Products, marks=needs_fbgemm),
         pytest.param(torch.bfloat16, Int8Products, marks=needs_fbgemm),
@@ -210,6 +211,7 @@ def test_a_decoder_is_laid_out_as_a_whole(dtype, kind, tied):
         before = decoder.logits(decoder(decoder.embed(tokens), positions))
         decoder.prepare_for_inference({Int8Linear: "int8", Int4Linear: "int4", Int8Products: "w8a8"}.get(kind, "as they are"))
         after = decoder.logits(decoder(decoder.embed(tokens), positions))
+        few = decoder.logits(decoder(decoder.embed(tokens[:, :4]), positions[:, :4]))
     kinds = nn.Linear | PackedLinear | Int8Linear | Int4Linear | Int8Products
     maps = [module for module in decoder.modules() if isinstance(module, kinds)]
     assert {type(module) for module in maps} == ({Int4Linear, Int8Linear} if kind is Int4Linear else {kind})
@@ -218,9 +220,10 @@ def test_a_decoder_is_laid_out_as_a_whole(dtype, kind, tied):
         assert torch.equal(before, after)
     else:
         share = 0.3 if kind is Int4Linear else 0.1
-        assert (after - before).float().abs().mean() < share * before.float().abs().mean()
-    if kind is Int8Linear:  # evaluations read the matrix itself
-        hidden = torch.randn(3, 32)
+        for own, plain in ((after, before), (few, before[:, :4])):
+            assert (own - plain).float().abs().mean() < share * plain.float().abs().mean()
+    if kind is Int8Linear:
+        hidden = torch.randn(3, 32).to(dtype)
         torch.testing.assert_close(decoder.logits(hidden), F.linear(hidden, decoder.softmax_weight))
 
 
@@ -251,3 +254,16 @@ def test_nats_of_tokens_are_those_of_the_loss(monkeypatch, softcap, chunk):
     expected = -soft_cap(hidden @ decoder.softmax_weight.T, softcap).log_softmax(-1)[range(7), targets]
     torch.testing.assert_close(decoder.nats(hidden, targets), expected)
     assert decoder.nats(hidden[:0], targets[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("weights", ["as they are", "int8", "int4", pytest.param("w8a8", marks=needs_fbgemm)])
+def test_nats_are_of_the_weights_as_laid_out_and_capped_exactly(weights):
+    torch.manual_seed(0)
+    decoder = tiny_model(30, positions="rotary", logit_softcap=30.0).bfloat16().decoder
+    decoder.prepare_for_inference(weights)
+    hidden, targets = (8 * torch.randn(30, 32)).bfloat16(), torch.arange(30)
+    with torch.no_grad():
+        scores = decoder.scores(hidden).double()
+    expected = -soft_cap(scores, 30.0).log_softmax(-1)[range(30), targets]
+    assert expected.max() > 10  # where bfloat16's steps are an eighth
+    torch.testing.assert_close(decoder.nats(hidden, targets).double(), expected, rtol=1e-5, atol=1e-5)
