@@ -6,8 +6,8 @@ A small model (ViT of 4 layers, 192 wide; decoder of 4 layers, 256 wide), bfloat
 time, the others held. `each` is the time a position (a text's, an image's, a target's): where it leaves the least of its curve
 by half, growth has ceased to be linear. Processes, with a thread and 24 full rows each, train the demo's model under each ZeRO
 stage: what share of twice one process's positions/s two reach. The curve of GPUs is no measurement but `zero_efficiency`, for a
-step of `--parameters` and `--positions` a GPU at `--gpu-rate`, of which it reaches the share that one process reached of this
-machine's matrix rate at most: the sooner a step is done, the greater the share of what it waits for.
+step of `--parameters` and `--positions` a GPU at `--gpu-rate`, of which it reaches the largest share that one process reached
+of this machine's matrix rate: the sooner a step is done, the more of its time is waiting.
 """
 
 from __future__ import annotations
