@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from metalm.errors import ConfigError
 from metalm.nn.attention import KVCache, LayerMasks, Mask, all_of, by_window, causal, soft_cap, within
+from metalm.nn.compiler import require_compiler
 from metalm.nn.freezing import Trainable
 from metalm.nn.linear import (
     FEW_ROWS,
     Int8Linear,
     Int8Products,
     PackedLinear,
+    TracedLinear,
     Weights,
     can_pack,
     has_fbgemm,
@@ -72,6 +74,7 @@ class CausalDecoder(nn.Module):
         self.transformer = Transformer(config)
         self.softmax = nn.Identity() if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
         self.softmax.apply(init_weights)
+        self.compiled = False  # whether steps of decoding run as `metalm.inference.compiled` has them
         self.exact_rows = 0  # up to so many, states are float32 between maps whose weights are bfloat16
 
     @property
@@ -124,37 +127,45 @@ class CausalDecoder(nn.Module):
         return torch.cat(nats)
 
     @torch.no_grad()
-    def prepare_for_inference(self, weights: Weights = "as they are") -> None:
+    def prepare_for_inference(self, weights: Weights = "as they are", compiled: bool = False) -> None:
         """Lays the linear maps out for reading, for good: what is left can neither be trained nor saved.
 
         It is for a model on its device and in its type, before its first layers are taken as a draft. On a CPU the states of a
-        step of decoding are float32 from then on, where weights are bfloat16 or "w8a8": that is what these kernels compute in,
-        and casts between them cost more than they do.
+        step of decoding are float32 from then on, where it is compiled, or weights are bfloat16 or "w8a8": that is what these
+        kernels compute in, and casts between them cost more than they do.
 
         Args:
             weights: "int8" rounds them (`metalm.nn.linear`), and where they are tied the embeddings with them; so does
                 "int4", to 4 bits in the blocks and to 8 in the softmax; "w8a8" rounds inputs, too.
+            compiled: steps of decoding run as one graph (`metalm.inference.compiled`).
 
         Raises:
-            ConfigError: this device, or this build of torch, does not have the products.
+            ConfigError: this device, or this build of torch, does not have the products; or there is nothing to compile with.
         """
         weight_VD = self.softmax_weight
-        if weights in ("int4", "w8a8") and weight_VD.device.type != "cpu":
+        on_cpu, in_bfloat16 = weight_VD.device.type == "cpu", weight_VD.dtype == torch.bfloat16
+        if weights in ("int4", "w8a8") and not on_cpu:
             raise ConfigError(f"{weights} is for the CPU, this is {weight_VD.device.type}: take int8")
         if weights == "w8a8" and not has_fbgemm():
             raise ConfigError(f"w8a8 needs FBGEMM, this torch has {torch.backends.quantized.engine}: take int8")
+        if weights == "w8a8" and compiled:
+            raise ConfigError("the products of w8a8 do not compile: take int8, or leave compile out")
+        if compiled and on_cpu:
+            require_compiler("compile")
+        self.compiled = compiled
+        make: type[nn.Module] | None = None
         if weights != "as they are":
-            make: type[nn.Module] = Int8Products if weights == "w8a8" else Int8Linear
-        elif weight_VD.device.type == "cpu" and weight_VD.dtype == torch.bfloat16 and can_pack():
-            make = PackedLinear
-        else:
-            return
-        if self.config.tied:
-            self.softmax = make(weight_VD)
-            self.embedding.weight.copy_(self.softmax.weight)
-        replace_linear(self.transformer, int4_or_int8 if weights == "int4" else make)
-        replace_linear(self, make)
-        if make in (PackedLinear, Int8Products) and weight_VD.dtype == torch.bfloat16 and has_fbgemm():
+            make = Int8Products if weights == "w8a8" else Int8Linear
+        elif on_cpu and in_bfloat16 and (compiled or can_pack()):
+            make = TracedLinear if compiled else PackedLinear
+        if make is not None:
+            if self.config.tied:
+                self.softmax = make(weight_VD)
+                self.embedding.weight.copy_(self.softmax.weight)
+            replace_linear(self.transformer, int4_or_int8 if weights == "int4" else make)
+            replace_linear(self, make)
+        if make in (PackedLinear, Int8Products) and in_bfloat16 and has_fbgemm():
             self.exact_rows = FEW_ROWS
+        if self.exact_rows or (compiled and on_cpu and in_bfloat16):
             for norm in (module for module in self.modules() if isinstance(module, nn.LayerNorm)):
                 norm.float()

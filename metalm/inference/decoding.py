@@ -38,7 +38,7 @@ class Decoding:
         self.model = model
         shared, rests = split_beginning(prompts)
         self.prompt_length = len(shared) + max(map(len, rests))
-        self.cache = KVCache(model.config.decoder.layers, self.prompt_length + capacity)
+        self.cache = KVCache(model.config.decoder.layers, self.prompt_length + capacity, model.decoder.compiled)
         row_B = torch.arange(len(prompts), device=next(model.parameters()).device)
         self.document_BK = self.position_BK = row_B.new_empty((1 if len(shared) else len(rests), 0))
         if len(shared):
@@ -77,6 +77,10 @@ class Decoding:
 
     def read(self, tokens_BT: Tensor) -> Tensor:
         """Reads tokens; the logits [B, T, V] of what follows each."""
+        if self.model.decoder.compiled:
+            from metalm.inference.compiled import read  # torch.compile takes a second to be imported
+
+            return read(self.model.decoder, tokens_BT, self.document_BK, self.position_BK, self.cache)
         return self.model.decoder.logits(self.go_on(self.model.decoder.embed(tokens_BT))).float()
 
     def go_on(self, x_BTD: Tensor, places_N: Tensor | None = None) -> Tensor:

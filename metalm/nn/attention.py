@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Seeing = TypeVar("Seeing")  # a mask, or another way of attending
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 CHUNK_SCORES = 1 << 26  # of soft-capped attention, held at a time: 256 MiB in float32
 CHUNK, LONG_CHUNK = 96, 512  # queries that the CPU reads together where a mask lets them see few of the keys, or many
@@ -124,10 +125,10 @@ class Mask:
 class LayerMasks(NamedTuple):
     """A mask for each layer, of a stack whose layers see differently far."""
 
-    masks: tuple[Mask, ...]
+    masks: tuple  # of masks, or of other ways of attending
 
 
-def by_window(windows: Sequence[int], make: Callable[[int], Mask]) -> Mask | LayerMasks:
+def by_window(windows: Sequence[int], make: Callable[[int], Seeing]) -> Seeing | LayerMasks:
     """The mask of all layers where their windows are the same, else one for each; those of one window share theirs.
 
     Args:
@@ -263,10 +264,13 @@ class KVCache:
     """Keys and values of the positions decoded so far, preallocated: per layer [B, G, capacity, D].
 
     Those of bfloat16 are held in float32 on CPU, whose attention of few queries is five times as fast there.
+
+    Args:
+        whole: for readers that see all of it: held as they come, and zero where nothing was stored.
     """
 
-    def __init__(self, layers: int, capacity: int):
-        self.capacity = capacity
+    def __init__(self, layers: int, capacity: int, whole: bool = False):
+        self.capacity, self.whole = capacity, whole
         self.length = 0
         self.keys: list[Tensor | None] = [None] * layers
         self.values: list[Tensor | None] = [None] * layers
@@ -279,7 +283,8 @@ class KVCache:
         if self.keys[layer] is None:
             B, G, _, D = k_BGTD.shape
             shape, dtype = (B, G, self.capacity, D), self.kept_in(k_BGTD)
-            self.keys[layer], self.values[layer] = (x.new_empty(shape, dtype=dtype) for x in (k_BGTD, v_BGTD))
+            make = k_BGTD.new_zeros if self.whole else k_BGTD.new_empty
+            self.keys[layer], self.values[layer] = make(shape, dtype=dtype), make(shape, dtype=dtype)
         end = self.length + k_BGTD.shape[2]
         assert end <= self.capacity, f"a cache of {self.capacity} positions cannot hold {end}"
         self.keys[layer][:, :, self.length : end] = k_BGTD
@@ -288,10 +293,10 @@ class KVCache:
             return k_BGTD, v_BGTD
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
-    @staticmethod
-    def kept_in(x: Tensor) -> torch.dtype:
+    def kept_in(self, x: Tensor) -> torch.dtype:
         """The type in which such keys and values are held."""
-        return torch.float32 if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x.dtype
+        wider = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not self.whole
+        return torch.float32 if wider else x.dtype
 
     def advance(self, positions: int) -> None:
         self.length += positions

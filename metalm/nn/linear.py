@@ -3,6 +3,7 @@
 A token at a time, a linear map takes as long as its weights take to be read from memory. What reads them faster:
 
     PackedLinear    the same numbers, twice: for few rows as FBGEMM's float16, for many in oneDNN's blocked bfloat16; on CPU
+    TracedLinear    the same numbers, as they are for torch.compile and in oneDNN's layout for all else; on CPU
     Int8Linear      w_oi ~ scale_o q_oi with q in -127 .. 127, half the bytes of bfloat16; inputs stay as they are
     Int4Linear      w_oi ~ zero_og + scale_og (q_oi - 8) with q in 0 .. 15, for each group g of inputs; on CPU
     Int8Products    as Int8Linear, and inputs rounded, too, each row to 255 steps: products of integers; on CPU
@@ -56,6 +57,32 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), self.packed, self.bias, "none", [], "")
 
 
+class TracedLinear(nn.Module):
+    """x W^T + b with W of bfloat16, plain for graphs that are compiled, which fuse it or pack it; others take oneDNN's layout.
+
+    Memory: 4 bytes a weight, 6 where a graph packs it.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight_OI.detach(), requires_grad=False), bias_O
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight) if can_pack() else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            if x.numel() == x.shape[-1]:
+                out = sums(x, self.weight)
+                return out if self.bias is None else out + self.bias
+        elif self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), self.packed, self.bias, "none", [], "")
+        return F.linear(x.to(torch.bfloat16), self.weight, self.bias).to(x.dtype)
+
+
+def sums(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T as sums in x's type: compiled, a row [..., I] reads W once, as it is kept, and fuses with the rest."""
+    return (x[..., None, :] * weight_OI.to(x.dtype)).sum(-1)
+
+
 class Int8Linear(nn.Module):
     """x W^T + b with W rounded to 255 steps for each output, from minus to plus its largest weight."""
 
@@ -75,6 +102,9 @@ class Int8Linear(nn.Module):
         return self.steps_OI.to(self.scale_O.dtype) * self.scale_O[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
+            out = sums(x, self.steps_OI) * self.scale_O
+            return out if self.bias is None else out + self.bias
         x = x.to(self.scale_O.dtype)
         flat = x.reshape(-1, x.shape[-1])
         suits = x.device.type == "cpu" and x.dtype != torch.float64 and x.shape[-1] % LANES == 0

@@ -24,9 +24,14 @@ class SinusoidalPositions(nn.Module):
         self.register_buffer("table", sinusoids(positions, width), persistent=False)
 
     def forward(self, position_BT: Tensor) -> Tensor:
-        if not position_BT.is_meta and (longest := int(position_BT.max()) + 1) > len(self.table):
-            self.table = sinusoids(longest, self.width).to(self.table)
+        if not position_BT.is_meta and not torch.compiler.is_compiling():
+            self.reach(int(position_BT.max()) + 1)
         return nn.functional.embedding(position_BT, self.table)
+
+    def reach(self, positions: int) -> None:
+        """Has the table hold so many; for a graph, which cannot look, its caller has to."""
+        if positions > len(self.table):
+            self.table = sinusoids(positions, self.width).to(self.table)
 
 
 class LearnedPositions(nn.Embedding):

@@ -123,11 +123,11 @@ def make_dropout(config: TransformerConfig) -> nn.Module:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, which on CPU is eight kernels; without gradients it is one, since the layer norm of [x, -x], whose mean is 0, is
-    [x, -x] / rms(x)."""
+    """torch's, which on CPU is eight kernels, if it is not compiled; without gradients it is one, since the layer norm of
+    [x, -x], whose mean is 0, is [x, -x] / rms(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or torch.is_grad_enabled():
+        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
         (D,) = self.normalized_shape
         mirrored = F.layer_norm(torch.cat([x, -x], dim=-1), (2 * D,), eps=self.eps)
