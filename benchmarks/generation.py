@@ -1,6 +1,6 @@
 """Generation against transformers' `generate`, and ranked answers against a full pass for each: one thread, bfloat16.
 
-    python -m benchmarks.generation [--rounds 5] [--threads 1]
+    python -m benchmarks.generation [--rounds 5] [--threads 1] [--compile]
 
 The decoder of the 37M shape (8 layers, 512 wide, a vocabulary of 8,192): a random Llama, written by transformers and read by
 `metalm.interop`, so that both sides have the same weights. Greedy, 128 new tokens after prompts of 64. Sides take turns in one
@@ -8,6 +8,10 @@ process; a ratio is the median over rounds of METALM's rate to the peer's in tha
 which with one thread hardly depends on what else the machine does. In float32 both write the same (`same_in_float32`, the share
 of new tokens before they part). In bfloat16 they part where two logits are nearer to each other than its rounding: `agreement`
 is the share of the peer's tokens that METALM would write in their place.
+
+With `--compile` METALM's steps of decoding are compiled, as by `metalm generate --compile`. The peer is the same `generate`,
+and beside it `generate` with a static cache, compiled by its own setting (`peer_compiled`). The first turn, in which either
+compiles, does not count.
 
 Drafts: one layer, 256 wide, guesses 4 tokens at a time for one prompt. Random models cannot agree, so chance says how many of
 the guesses the model takes, each being right with a given probability: the passes, and so the cost, of such a draft. What a
@@ -67,13 +71,15 @@ def make_llama(shape: dict | None = None, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def ours_of(llama: nn.Module, dtype: torch.dtype = torch.float32, weights: Weights = "as they are") -> MetaLM:
+def ours_of(
+    llama: nn.Module, dtype: torch.dtype = torch.float32, weights: Weights = "as they are", compiled: bool = False
+) -> MetaLM:
     """METALM with a Llama's weights, ready to generate."""
     with tempfile.TemporaryDirectory() as folder:
         llama.save_pretrained(folder)
         model = MetaLM(build(MetaLMConfig, {"decoder": read_config(folder)[1]}, "benchmark")).eval()
         load_foreign(model.decoder, folder)
-    model.to(dtype).decoder.prepare_for_inference(weights)
+    model.to(dtype).decoder.prepare_for_inference(weights, compiled)
     return model
 
 
@@ -87,8 +93,14 @@ def written(model: MetaLM, prompts_BT: Tensor, new: int = NEW) -> list[list[int]
     return generate(model, documents, -1, GenerationConfig(new))
 
 
-def written_by_peer(llama: nn.Module, prompts_BT: Tensor, new: int = NEW) -> list[list[int]]:
+def written_by_peer(llama: nn.Module, prompts_BT: Tensor, new: int = NEW, compiled: bool = False) -> list[list[int]]:
     settings = {"do_sample": False, "max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
+    if compiled:
+        from transformers import CompileConfig
+
+        how = CompileConfig(mode="default", fullgraph=False)
+        how._compile_all_devices = True  # else GPUs alone
+        settings |= {"cache_implementation": "static", "compile_config": how}
     out = llama.generate(prompts_BT, attention_mask=torch.ones_like(prompts_BT), **settings)
     return out[:, prompts_BT.shape[1] :].tolist()
 
@@ -111,24 +123,30 @@ def agreement(model: MetaLM, prompts_BT: Tensor, theirs: list[list[int]]) -> flo
     return agreed / written_BN.numel()
 
 
-def measure(rounds: int = 5) -> dict[str, dict[str, float]]:
+def measure(rounds: int = 5, compiled: bool = False) -> dict[str, dict[str, float]]:
     """Rates in tokens/s of both sides, their ratios, and how far they write the same: by name."""
     llama = make_llama()
-    exact = ours_of(llama)
+    exact = ours_of(llama, compiled=compiled)
     prompts = {rows: prompts_of(rows) for rows in BATCHES}
     alike = {rows: same(written(exact, prompts[rows], 32), written_by_peer(llama, prompts[rows], 32)) for rows in BATCHES}
     llama = llama.bfloat16()
     theirs = {rows: written_by_peer(llama, prompts[rows]) for rows in BATCHES}
     results = {}
     for name, weights in WEIGHTS.items():
-        model = ours_of(llama, torch.bfloat16, weights)
+        if weights == "w8a8" and compiled:  # it does not compile
+            continue
+        model = ours_of(llama, torch.bfloat16, weights, compiled)
         for rows in BATCHES:
+            label, tokens = f"{name}/batch_{rows}", (rows * NEW, rows * NEW)
             ours, peer = partial(written, model, prompts[rows]), partial(written_by_peer, llama, prompts[rows])
             found = {"agreement": agreement(model, prompts[rows], theirs[rows])}
             if name == "bfloat16":
                 found["same_in_float32"] = alike[rows]
-            results[f"{name}/batch_{rows}"] = found | compare(ours, peer, (rows * NEW, rows * NEW), rounds, 1)
-    return results | measure_drafts(llama, rounds) | measure_ranking(rounds) | measure_shots(rounds)
+            results[label] = found | compare(ours, peer, tokens, rounds, 1)
+            if name == "bfloat16" and compiled:
+                results[f"{label}/peer_compiled"] = compare(ours, partial(peer, compiled=True), tokens, rounds, 1)
+    results |= measure_drafts(llama, rounds, compiled)
+    return results if compiled else results | measure_ranking(rounds) | measure_shots(rounds)
 
 
 class ByChance(Speculation):
@@ -142,15 +160,15 @@ class ByChance(Speculation):
         return right_BG.long().cumprod(1).sum(1)
 
 
-def measure_drafts(llama: nn.Module, rounds: int) -> dict[str, dict[str, float]]:
+def measure_drafts(llama: nn.Module, rounds: int, compiled: bool) -> dict[str, dict[str, float]]:
     """One prompt with a draft of one layer, 256 wide, whose guesses are right with some probability."""
     small = TEXT | {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 688}
     results = {}
     prompt_1T = prompts_of(1)
     for name in ("bfloat16", "int8"):
         weights = WEIGHTS[name]
-        model = ours_of(llama, torch.bfloat16, weights)
-        draft = ours_of(make_llama(small).bfloat16(), torch.bfloat16, weights)
+        model = ours_of(llama, torch.bfloat16, weights, compiled)
+        draft = ours_of(make_llama(small).bfloat16(), torch.bfloat16, weights, compiled)
         for share in AGREED:
             ours, peer = partial(write_by_chance, model, draft, prompt_1T, share), partial(written_by_peer, llama, prompt_1T)
             results[f"draft/{name}/{share:.0%}"] = compare(ours, peer, (NEW, NEW), rounds, 1)
@@ -237,15 +255,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generation", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="of both sides; 0: torch's default")
+    parser.add_argument("--compile", action="store_true", help="compile METALM's steps of decoding")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    for name, result in measure(arguments.rounds).items():
+    for name, result in measure(arguments.rounds, arguments.compile).items():
         rest = "  ".join(
             f"{key} {result[key]:.3g}" for key in ("agreement", "same_in_float32", "same", "difference") if key in result
         )
         print(
-            f"{name:22s} {result['ratio']:5.2f} x ({result['cpu_ratio']:.2f} in processor time)  "
+            f"{name:30s} {result['ratio']:5.2f} x ({result['cpu_ratio']:.2f} in processor time)  "
             f"METALM {result['metalm']:6.1f}/s  peer {result['peer']:6.1f}/s  {rest}",
             flush=True,
         )

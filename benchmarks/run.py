@@ -92,19 +92,21 @@ def loading(rounds: int) -> list[dict]:
 
 
 def generating(rounds: int) -> list[dict]:
-    """Tokens/s of greedy text against transformers' `generate`, and ranked answers against a full pass for each."""
+    """Tokens/s of greedy text, plain and compiled, against transformers' `generate`; ranked answers against full passes."""
     bars = {"bfloat16/batch_1": 1.8, "bfloat16/batch_8": 2.0, "int8/batch_1": 2.5, "draft/int8/80%": 2.5}
     bars |= {"ranking/full_passes": 2.5, "ranking/llava": 2.5}
     results = []
-    for name, result in generation.measure(rounds).items():
-        unit = "questions/s" if name.startswith(("ranking", "shots")) else "tokens/s"
-        peer = PEERS.get(name, GENERATE)
-        results += [
-            entry(f"generation/{name}", result["ratio"], "x", peer, at_least=bars.get(name)),
-            entry(f"generation/{name}/processor_time", result["cpu_ratio"], "x", peer),
-            entry(f"generation/{name}/metalm", result["metalm"], unit),
-            entry(f"generation/{name}/peer", result["peer"], unit, peer),
-        ]
+    for compiled in (False, True):
+        for name, result in generation.measure(rounds, compiled).items():
+            label = f"generation/{name}" + "/compiled" * compiled
+            unit = "questions/s" if name.startswith(("ranking", "shots")) else "tokens/s"
+            peer = PEERS.get(name, GENERATE + ", compiled" * name.endswith("peer_compiled"))
+            results += [
+                entry(label, result["ratio"], "x", peer, at_least=bars.get(name)),
+                entry(f"{label}/processor_time", result["cpu_ratio"], "x", peer),
+                entry(f"{label}/metalm", result["metalm"], unit),
+                entry(f"{label}/peer", result["peer"], unit, peer),
+            ]
     return results
 
 
