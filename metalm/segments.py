@@ -39,10 +39,14 @@ IGNORE = -100  # a position without a target
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens that the decoder embeds; `target` says whether they are predicted as well."""
+    """Tokens that the decoder embeds; `target` says whether they are predicted as well.
+
+    `then` is a token that is predicted after them, and that nobody reads: it takes no position.
+    """
 
     tokens: Sequence[int]
     target: bool = True
+    then: int = IGNORE
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -229,7 +233,8 @@ class Layout:
         """Lays out segments after the position `before` (-1: none); returns the last position."""
         for segment in segments:
             if isinstance(segment, Text):
-                tokens, labels = segment.tokens, segment.tokens if segment.target else ()
+                read = segment.tokens if segment.target else [IGNORE] * len(segment)
+                tokens, labels = segment.tokens, [*read, segment.then]
             else:
                 tokens, labels = [0] * len(segment), (segment.first_target,) if len(segment) else ()
             start = len(self.tokens)

@@ -1,12 +1,13 @@
 """Answers ranked by their log-probability after a prompt: multiple choice.
 
     [picture]  what  ?  red   </s>
-    position   0  1  2  3     4
+    position   0  1  2  3
                         blue  </s>
-                        3     4               every answer branches off from the prompt
+                        3                     every answer branches off from the prompt
 
 The prompt is read once for all of its answers, which lie side by side in its row and do not see each other (`metalm.segments`):
-the same as a full pass for each, at the cost of one and the answers' own tokens.
+the same as a full pass for each, at the cost of one and the answers' own tokens, but for the last, which is predicted and not
+read.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ def score_choices(model: MetaLM, prompts: Sequence[Document], choices: Sequence[
     if not any(choices):
         return [[] for _ in prompts]
     documents = [
-        Document([as_read(segment) for segment in prompt.segments], prompt.key, [[Text(choice)] for choice in own])
+        Document(
+            [as_read(segment) for segment in prompt.segments],
+            prompt.key,
+            [[Text(choice[:-1], then=choice[-1])] for choice in own],
+        )
         for prompt, own in zip(prompts, choices, strict=True)
     ]
     device = next(model.parameters()).device
