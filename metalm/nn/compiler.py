@@ -1,16 +1,18 @@
-"""The C++ compiler that torch.compile calls on a CPU."""
+"""torch.compile on a CPU: the C++ compiler that it calls."""
 
 from __future__ import annotations
 
+import logging
 import shutil
 
 from metalm.errors import ConfigError
 
 
 def require_compiler(setting: str) -> None:
-    """Raises a ConfigError that names the setting, where there is none."""
+    """For a model on the CPU: raises a ConfigError that names the setting, where there is no compiler."""
     from torch._inductor.config import cpp
 
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it would say that there is no CUDA
     names = [name for name in cpp.cxx if name]
     if not any(map(shutil.which, names)):
         raise ConfigError(f"{setting} needs a C++ compiler, and there is no {' or '.join(names)}: install one, or leave it out")

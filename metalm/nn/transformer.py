@@ -123,12 +123,14 @@ def make_dropout(config: TransformerConfig) -> nn.Module:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, which on CPU is eight kernels, if it is not compiled; without gradients it is one, since the layer norm of
-    [x, -x], whose mean is 0, is [x, -x] / rms(x)."""
+    """torch's, which on CPU is eight kernels; without gradients it is one, since the layer norm of [x, -x], whose mean is 0, is
+    [x, -x] / rms(x). A compiled one fuses."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or torch.is_grad_enabled():
             return super().forward(x)
+        if torch.compiler.is_compiling():
+            return F.rms_norm(x, self.normalized_shape, eps=self.eps) * self.weight
         (D,) = self.normalized_shape
         mirrored = F.layer_norm(torch.cat([x, -x], dim=-1), (2 * D,), eps=self.eps)
         return mirrored[..., :D] * self.weight

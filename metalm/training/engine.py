@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from metalm.errors import ConfigError, TrainingError
+from metalm.nn.compiler import require_compiler
 from metalm.nn.partitions import whole
 from metalm.registry import did_you_mean
 from metalm.segments import Batch
@@ -124,6 +125,8 @@ def make_engine(model: nn.Module, config: TrainingConfig, rows: int):
                 "training.compile: ZeRO-3 gathers a layer's weights as the layer runs, which compiled blocks do not let it do; "
                 "take training.deepspeed=zero2, or training.compile=false"
             )
+        if next(model.parameters()).device.type == "cpu":
+            require_compiler("training.compile")
         compile_blocks(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -42,8 +44,11 @@ def test_what_reads_spans_is_left_alone():
     assert all("before" in vars(block) for block in own) and not any("before" in vars(block) for block in apart)
 
 
-def test_zero_3_is_refused():
+def test_zero_3_and_a_machine_without_a_compiler_are_refused(monkeypatch):
     setup_distributed()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match="training.compile needs a C"):
+        make_engine(decoder(), build(TrainingConfig, {"steps": 1, "compile": True}, "test"), rows=1)
     config = build(TrainingConfig, {"steps": 1, "compile": True, "deepspeed": "zero3"}, "test")
     with pytest.raises(ConfigError, match="take training"):
         make_engine(decoder(), config, rows=1)
