@@ -47,7 +47,7 @@ def test_what_reads_spans_is_left_alone():
 def test_zero_3_and_a_machine_without_a_compiler_are_refused(monkeypatch):
     setup_distributed()
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ConfigError, match="training.compile needs a C"):
+    with pytest.raises(ConfigError, match="there is no"):
         make_engine(decoder(), build(TrainingConfig, {"steps": 1, "compile": True}, "test"), rows=1)
     config = build(TrainingConfig, {"steps": 1, "compile": True, "deepspeed": "zero3"}, "test")
     with pytest.raises(ConfigError, match="take training"):
