@@ -1,6 +1,6 @@
 """Speculative decoding by a trained pair, and rounded weights, against transformers' `generate` with the same weights.
 
-    python -m benchmarks.drafts --model runs/model --draft runs/draft --data runs/model/data/val [--rounds 5] [--threads 1]
+    python -m benchmarks.drafts --model runs/model --draft runs/draft --data runs/model/data/val [--rounds 5] [--threads 1] [--compile]
 
 Both runs must share a tokenizer (docs/performance.md says how a small pair is trained). Prompts are the first 64 tokens of
 held-out texts, 64 new ones are written greedily, one prompt at a time, in bfloat16 and with rounded weights; sides take turns.
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--guesses", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="of both sides; 0: torch's default")
+    parser.add_argument("--compile", action="store_true", help="compile METALM's steps of decoding")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -72,7 +73,9 @@ def main() -> None:
         return [written_by_peer(peer, torch.tensor([prompt]), NEW)[0] for prompt in prompts]
 
     for dtype in WEIGHTS:
-        model, draft = (load_decoding(name, dtype, "cpu")[0] for name in (arguments.model, arguments.draft))
+        if dtype == "w8a8" and arguments.compile:  # it does not compile
+            continue
+        model, draft = (load_decoding(name, dtype, "cpu", arguments.compile)[0] for name in (arguments.model, arguments.draft))
         plain = written(model, prompts)
         for label, ours in (
             ("plain", partial(written, model, prompts)),

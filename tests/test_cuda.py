@@ -163,7 +163,7 @@ def test_block_masks_attend_as_dense_ones_do(heads):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_greedy_text_is_the_cpus():
+def test_greedy_text_is_the_cpus_compiled_or_not():
     model, _ = media()
     model.eval()
     with torch.no_grad():
@@ -173,6 +173,8 @@ def test_greedy_text_is_the_cpus():
     expected = generate(model, prompts, 0, GenerationConfig(max_new_tokens=20))
     assert generate(model.cuda(), prompts, 0, GenerationConfig(max_new_tokens=20)) == expected
     assert any(len(tokens) for tokens in expected)
+    model.decoder.prepare_for_inference(compiled=True)
+    assert generate(model, prompts, 0, GenerationConfig(max_new_tokens=20)) == expected
 
 
 def test_every_zero_stage_trains_alike(tmp_path):
