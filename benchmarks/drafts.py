@@ -1,6 +1,6 @@
 """Speculative decoding by a trained pair, and rounded weights, against transformers' `generate` with the same weights.
 
-    python -m benchmarks.drafts --model runs/model --draft runs/draft --data runs/model/data/val [--rounds 5] [--threads 1] [--compile]
+    python -m benchmarks.drafts --model runs/model --draft runs/draft --data runs/model/data/val [--rounds 5] [--compile]
 
 Both runs must share a tokenizer (docs/performance.md says how a small pair is trained). Prompts are the first 64 tokens of
 held-out texts, 64 new ones are written greedily, one prompt at a time, in bfloat16 and with rounded weights; sides take turns.
