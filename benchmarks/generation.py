@@ -9,9 +9,9 @@ which with one thread hardly depends on what else the machine does. In float32 b
 of new tokens before they part). In bfloat16 they part where two logits are nearer to each other than its rounding: `agreement`
 is the share of the peer's tokens that METALM would write in their place.
 
-With `--compile` METALM's steps of decoding are compiled, as by `metalm generate --compile`. The peer is the same `generate`,
-and beside it `generate` with a static cache, compiled by its own setting (`peer_compiled`). The first turn, in which either
-compiles, does not count.
+With `--compile` METALM's steps of decoding are compiled, as by `metalm generate --compile`; w8a8, which does not compile,
+ranking and shots are left out. The peer is the same `generate`, and beside it `generate` with a static cache, compiled by its
+own setting (`peer_compiled`). The first turn, in which either compiles, does not count.
 
 Drafts: one layer, 256 wide, guesses 4 tokens at a time for one prompt. Random models cannot agree, so chance says how many of
 the guesses the model takes, each being right with a given probability: the passes, and so the cost, of such a draft. What a

@@ -116,10 +116,10 @@ def entry(name: str, value: float, unit: str, peer: str = "", at_least: float | 
 
 def table(results: list[dict]) -> Table:
     out = Table(title=f"{torch.get_num_threads()} threads", caption=f"peers: {LLAVA}; {GENERATE}; {OPEN_CLIP}")
-    out.add_column("benchmark", no_wrap=True)
-    out.add_column("value", justify="right")
-    out.add_column("unit")
-    out.add_column("at least")
+    out.add_column("benchmark", overflow="fold")
+    out.add_column("value", justify="right", no_wrap=True)
+    out.add_column("unit", no_wrap=True)
+    out.add_column("at least", no_wrap=True)
     for result in results:
         value = f"{result['value']:,.2f}" if result["unit"].startswith("x") else f"{result['value']:,.0f}"
         bar = result["at_least"]

@@ -26,7 +26,7 @@ Model = Annotated[str, typer.Option(help="A run, an export, or a Hugging Face Hu
 DRAFT = (
     "Guesses ahead, for the same greedy text (but for ties) sooner: a smaller run of the same tokenizer, or a number of layers."
 )
-COMPILE = "Write tokens about twice as fast by torch.compile, after half a minute of compiling; for many or long answers."
+COMPILE = "Have torch.compile make steps of decoding faster, after half a minute of compiling: for many or long answers."
 
 
 @app.callback()
@@ -173,7 +173,7 @@ def evaluate(
         report_result(evaluate_infilling(infiller, data, model, limit), out)
         return
     generation = GenerationConfig(max_new_tokens, beams, length_penalty=length_penalty)
-    predictor = Predictor.load(model, generation, batch_size, dtype, draft=draft, compile=compile)
+    predictor = Predictor.load(model, generation, batch_size, dtype, draft=draft, compiled=compile)
     drawn = {"shots": shots, "shots_data": shots_data, "same_shots": same_shots, "seed": seed}
     if task == "transcription":
         from metalm.evaluation.transcription import evaluate_transcription
@@ -183,7 +183,8 @@ def evaluate(
         result = evaluate_vqa(predictor, data, model, **drawn, blind=blind, limit=limit)
     else:
         result = evaluate_captioning(predictor, data, model, **drawn, blind=blind, spice=spice, limit=limit)
-    result.config |= {"dtype": dtype, "batch_size": batch_size, "compile": compile} | ({"draft": draft} if draft else {})
+    result.config |= {"dtype": dtype, "batch_size": batch_size} | ({"draft": draft} if draft else {})
+    result.config |= {"compile": True} if compile else {}
     report_result(result, out)
     if task != "transcription":
         print(write_page(result, out))
@@ -313,6 +314,10 @@ def generate(
         if not path.is_file():
             raise DataError(f"no {kind} at {path}")
     if read_model_config(model).get("type") == "seq2seq":
+        if given or chat or choice or draft or compile or beams > 1 or temperature or dtype != "float32":
+            raise ConfigError(
+                f"{model} turns text into text, greedily and in float32: give --prompt and --max-new-tokens alone"
+            )
         from metalm.inference.write import write_texts
         from metalm.pretrained import load_pretrained
 
@@ -323,7 +328,7 @@ def generate(
             "--choice ranks answers to a plain prompt: leave out --chat, --draft, --compile, --beams and --temperature"
         )
     settings = GenerationConfig(max_new_tokens, beams, temperature, top_p, length_penalty, seed, guesses)
-    predictor = Predictor.load(model, settings, dtype=dtype, draft=draft, compile=compile)
+    predictor = Predictor.load(model, settings, dtype=dtype, draft=draft, compiled=compile)
     media = [(kind, path.read_bytes()) for kind, path in given]
     names = ", ".join(str(path) for _, path in given) or "prompt"
     with about(names):

@@ -130,9 +130,9 @@ class CausalDecoder(nn.Module):
     def prepare_for_inference(self, weights: Weights = "as they are", compiled: bool = False) -> None:
         """Lays the linear maps out for reading, for good: what is left can neither be trained nor saved.
 
-        It is for a model on its device and in its type, before its first layers are taken as a draft. On a CPU the states of a
-        step of decoding are float32 from then on, where it is compiled, or weights are bfloat16 or "w8a8": that is what these
-        kernels compute in, and casts between them cost more than they do.
+        It is for a model on its device and in its type, before its first layers are taken as a draft. On a CPU bfloat16's
+        states in a step of decoding are float32 from then on, if it is compiled, or weights are "as they are" or "w8a8": that
+        is what these kernels compute in, and casts between them cost more than they do.
 
         Args:
             weights: "int8" rounds them (`metalm.nn.linear`), and where they are tied the embeddings with them; so does
@@ -140,7 +140,7 @@ class CausalDecoder(nn.Module):
             compiled: steps of decoding run as one graph (`metalm.inference.compiled`).
 
         Raises:
-            ConfigError: this device, or this build of torch, does not have the products; or there is nothing to compile with.
+            ConfigError: this device, or this build of torch, does not have the products; or there is no C++ compiler.
         """
         weight_VD = self.softmax_weight
         on_cpu, in_bfloat16 = weight_VD.device.type == "cpu", weight_VD.dtype == torch.bfloat16

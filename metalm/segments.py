@@ -233,8 +233,7 @@ class Layout:
         """Lays out segments after the position `before` (-1: none); returns the last position."""
         for segment in segments:
             if isinstance(segment, Text):
-                read = segment.tokens if segment.target else [IGNORE] * len(segment)
-                tokens, labels = segment.tokens, [*read, segment.then]
+                tokens, labels = segment.tokens, segment.tokens if segment.target else ()
             else:
                 tokens, labels = [0] * len(segment), (segment.first_target,) if len(segment) else ()
             start = len(self.tokens)
@@ -248,6 +247,9 @@ class Layout:
             self.positions += range(first, first + len(tokens))
             self.branches += [branch] * len(tokens)
             before = len(self.tokens) - 1 if tokens else before
+            if isinstance(segment, Text) and segment.then != IGNORE and before >= 0:
+                self.places.append(before)
+                self.targets.append(segment.then)
         return before
 
 

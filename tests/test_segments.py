@@ -56,6 +56,15 @@ def test_text_is_predicted_only_where_marked():
     assert inputs_and_targets(Document([Text([S, A]), Text([B], target=False)]))[1] == [A, IGNORE, IGNORE]
 
 
+def test_what_comes_then_is_predicted_and_takes_no_position():
+    branches = [[Text([], then=B)], [Text([C, D], then=E)]]
+    layout = lay_out(Document([picture(), Text([A], target=False)], branches=branches))
+    assert layout.tokens == [0, 0, 0, 0, A, C, D]
+    assert (layout.places, layout.targets) == ([4, 4, 5, 6], [B, C, D, E])
+    assert lay_out(Document([Text([A, B], target=False, then=C)])).targets == [C]
+    assert lay_out(Document([Text([], then=C)])).targets == []
+
+
 def test_two_spans_in_a_row():
     """The second span's first token is predicted at the first one's last position."""
     document = Document([read(A, B), read(C, D, first_target=C), Text([E])])

@@ -46,7 +46,7 @@ class Predictor:
         dtype: str = "float32",
         device: str = "",
         draft: str = "",
-        compile: bool = False,
+        compiled: bool = False,
     ) -> Predictor:
         """From an export, a run, or a Hub id; `device` empty takes the GPU if there is one.
 
@@ -54,19 +54,20 @@ class Predictor:
             dtype: float32, bfloat16, or int8 or int4: the decoder's weights rounded to it (`metalm.nn.linear`), all else
                 bfloat16; or w8a8: products of integers. On a CPU bfloat16 holds each weight twice, in 4 bytes.
             draft: another run with the same tokenizer, or how many of the model's first layers, that guess ahead.
-            compile: has torch.compile make steps of decoding faster, for half a minute or so at the first.
+            compiled: has torch.compile make steps of decoding faster, for half a minute or so at the first; it may hold further
+                copies of the weights (`metalm.nn.linear`).
 
         Raises:
-            ConfigError: the model has no decoder to answer with, or the draft is of another vocabulary; or there is no C++
-                compiler for `compile`.
+            ConfigError: the model has no decoder to answer with, or the draft is of another vocabulary; or `compiled`
+                finds no C++ compiler on a CPU.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load_decoding(name, dtype, device, compile)
+        model, tokenizer = load_decoding(name, dtype, device, compiled)
         # The draft's layers are taken from what is laid out for inference, and another run is laid out in its turn.
         guesser = None
         if draft:
             own = draft.isdecimal()
-            guesser = first_layers(model, int(draft)) if own else load_decoding(draft, dtype, device, compile)[0]
+            guesser = first_layers(model, int(draft)) if own else load_decoding(draft, dtype, device, compiled)[0]
         interface = Interface.of(model, tokenizer, model.config.decoder.max_positions)
         interface.fingerprints = fingerprints(model)
         return cls(model, interface, generation, batch_size, guesser)
@@ -101,7 +102,7 @@ class Predictor:
         return scores
 
 
-def load_decoding(name: str | Path, dtype: str, device: str, compile: bool = False) -> tuple[MetaLM, Tokenizer]:
+def load_decoding(name: str | Path, dtype: str, device: str, compiled: bool = False) -> tuple[MetaLM, Tokenizer]:
     """A model whose decoder is laid out for inference, and its tokenizer."""
     rounded = [weights for weights in get_args(Weights) if weights != "as they are"]
     if dtype not in ("float32", "bfloat16", *rounded):
@@ -110,5 +111,5 @@ def load_decoding(name: str | Path, dtype: str, device: str, compile: bool = Fal
     if not isinstance(model, MetaLM):
         raise ConfigError(f"{name} holds the model {model.config.type!r}, which has no decoder to answer with")
     model.to(device)
-    model.decoder.prepare_for_inference(dtype if dtype in rounded else "as they are", compile)
+    model.decoder.prepare_for_inference(dtype if dtype in rounded else "as they are", compiled)
     return model, tokenizer

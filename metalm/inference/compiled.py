@@ -2,10 +2,11 @@
 
 A graph is made at the first step, in half a minute or so for 8 layers: one for a single row and one for several, whatever their
 number and the cache's capacity, and as many for the guesses of a draft. Prompts are read as always: each batch of them has
-another length.
+another length. On a GPU this was never tried.
 
-On a CPU the states are float32. A single row's products are sums, which fuse with the rest and read each weight once,
-as it is kept; those of several rows are oneDNN's, of weights that it packs as the graph is made (`freezing`).
+On a CPU bfloat16's states are float32. One row's products with weights of bfloat16 or int8 are sums, which fuse with the rest
+and read each weight once, as it is kept. Those of several rows are oneDNN's, of inputs rounded to bfloat16 and of weights that
+each graph packs for itself (`freezing`).
 
 Shapes: B rows, T tokens that are read at once, K positions of the cache, H heads, G key-value heads, R of H / G, D head width,
 V vocabulary.
@@ -13,6 +14,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,7 +27,9 @@ from metalm.decoder import CausalDecoder
 from metalm.nn.attention import KVCache, by_window, soft_cap
 from metalm.nn.positions import SinusoidalPositions
 
-GRAPHS = 64  # that a process may make; torch gives up at 8
+GRAPHS = 64  # that a process may make before torch gives up and runs what is new as it is; by default it does at 8
+
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it would say that there is no CUDA
 
 
 class Placed(KVCache):
@@ -76,8 +80,8 @@ def _read(
         return Seen(seen_BTK & near_BTK if window else seen_BTK)
 
     x_BTD = decoder.embed(tokens_BT)
-    if x_BTD.device.type == "cpu":
-        x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
+    if x_BTD.device.type == "cpu" and x_BTD.dtype == torch.bfloat16:
+        x_BTD = x_BTD.float()
     hidden = decoder(x_BTD, position_BT, by_window(decoder.config.windows, mask), Placed(keys, values, place_T))
     return decoder.logits(hidden).float()
 

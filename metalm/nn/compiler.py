@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 
 from metalm.errors import ConfigError
@@ -12,7 +11,6 @@ def require_compiler(setting: str) -> None:
     """For a model on the CPU: raises a ConfigError that names the setting, where there is no compiler."""
     from torch._inductor.config import cpp
 
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it would say that there is no CUDA
     names = [name for name in cpp.cxx if name]
     if not any(map(shutil.which, names)):
         raise ConfigError(f"{setting} needs a C++ compiler, and there is no {' or '.join(names)}: install one, or leave it out")

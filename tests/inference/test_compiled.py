@@ -10,10 +10,11 @@ import torch
 from tiny_models import tiny_model, unequal_prompts
 
 from metalm.errors import ConfigError
-from metalm.inference.decoding import Decoding
+from metalm.inference.decoding import Decoding, split_beginning
 from metalm.inference.generate import GenerationConfig, generate
 from metalm.inference.speculative import first_layers, speculate
 from metalm.model import MetaLM
+from metalm.segments import Document, Text
 
 GEMMA = {
     "positions": "rotary", "norm": "rms", "mlp": "geglu_tanh", "bias": False, "kv_heads": 2, "qk_norm": True, "post_norm": True,
@@ -57,10 +58,16 @@ def test_logits_are_those_of_eager_steps_for_one_row_and_for_padded_rows(gemma, 
     assert_same_logits(*reversed(gemma), rows)
 
 
+PLAINER = [
+    {"positions": "sinusoidal", "max_positions": 8},  # the table is too short at first
+    {"positions": "learned", "mlp": "relu"},
+    {"positions": "rotary", "window": 4},
+]
+
+
 @torch.inference_mode()
-@pytest.mark.parametrize("stack", [{"positions": "sinusoidal", "max_positions": 8}, {"positions": "learned", "mlp": "relu"}])
+@pytest.mark.parametrize("stack", PLAINER)
 def test_logits_of_plainer_stacks(stack):
-    """The sinusoids' table is too short at first."""
     model = tiny_model(30, layers=1, **stack)
     assert_same_logits(compiled_twin(model), model, 1)
 
@@ -104,10 +111,10 @@ def test_what_is_left_in_memory_is_not_seen(gemma, monkeypatch):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("weights", ["as they are", "int8", pytest.param("int4", marks=pytest.mark.slow)])
-def test_in_bfloat16_steps_are_as_near_to_float32_as_eager_ones(weights):
+def test_steps_in_bfloat16_are_as_near_to_float32_as_eager_ones_in_bfloat16_throughout(weights):
     model = tiny_model(30, layers=1, width=64, positions="rotary").bfloat16()
     eager, compiled = deepcopy(model), compiled_twin(model, weights)
-    if weights != "as they are":  # else bfloat16 throughout: what is laid out for inference has float32 states and keys
+    if weights != "as they are":  # laid out for inference, those have float32 inputs and keys for several rows, too
         eager.decoder.prepare_for_inference(weights)
     exact = deepcopy(model).float()  # the weights as they were rounded, all else in float32
     for name, part in exact.decoder.named_modules():
@@ -117,6 +124,14 @@ def test_in_bfloat16_steps_are_as_near_to_float32_as_eager_ones(weights):
         expected = logits_of(exact, rows, 6)
         errors = [float((logits_of(one, rows, 6) - expected).square().mean().sqrt()) for one in (compiled, eager)]
         assert errors[0] < 1.2 * errors[1] < 0.05 * expected.std()
+
+
+def test_what_prompts_begin_with_is_read_once(gemma):
+    """The rests are read behind a cache that steps go on with."""
+    model, compiled = gemma
+    prompts = [Document([Text([*([5, 9, 3, 7] * 20), *rest], target=False)]) for rest in ([4], [8, 8, 2], [1, 6])]
+    assert len(split_beginning(prompts)[0]) == 80
+    assert generate(compiled, prompts, -1, GenerationConfig(8)) == generate(model, prompts, -1, GenerationConfig(8))
 
 
 @pytest.mark.slow

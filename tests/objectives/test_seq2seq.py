@@ -128,8 +128,10 @@ def test_a_run_learns_to_write(run, letters):
     model, tokenizer = load_pretrained(run)
     written = write_texts(model, tokenizer, letters[:32], 12)
     assert sum(text == letters[i][::-1] for i, text in enumerate(written)) >= 30
-    told = CliRunner().invoke(app, ["generate", "--model", str(run), "--prompt", letters[0], "--max-new-tokens", "12"])
+    command = ["generate", "--model", str(run), "--prompt", letters[0], "--max-new-tokens", "12"]
+    told = CliRunner().invoke(app, command)
     assert told.output.strip() == written[0]
+    assert "turns text into text, greedily" in str(CliRunner().invoke(app, [*command, "--compile"]).exception)
     assert write_texts(model, tokenizer, letters[:8], 12, batch_size=1) == written[:8]
 
 
