@@ -107,8 +107,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            if x.numel() > x.shape[-1]:
-                return F.linear(x.to(self.scale_O.dtype), self.weight, self.bias).to(x.dtype)
+            if x.numel() > x.shape[-1]:  # by way of float32: what comes straight from int8 is made anew at every call
+                floats_OI = (self.steps_OI.float() * self.scale_O[:, None]).to(self.scale_O.dtype)
+                return F.linear(x.to(self.scale_O.dtype), floats_OI, self.bias).to(x.dtype)
             out = sums(x, self.steps_OI) * self.scale_O
             return out if self.bias is None else out + self.bias
         x = x.to(self.scale_O.dtype)
