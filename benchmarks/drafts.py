@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.generation import WEIGHTS, same, written_by_peer
+from benchmarks.generation import layouts, same, written_by_peer
 from benchmarks.train_step import compare
 from metalm.data.shards import read_samples
 from metalm.data.tokenizer import Tokenizer
@@ -72,9 +72,7 @@ def main() -> None:
     def by_peer() -> list[list[int]]:
         return [written_by_peer(peer, torch.tensor([prompt]), NEW)[0] for prompt in prompts]
 
-    for dtype in WEIGHTS:
-        if dtype == "w8a8" and arguments.compile:  # it does not compile
-            continue
+    for dtype in layouts(arguments.compile):
         model, draft = (load_decoding(name, dtype, "cpu", arguments.compile)[0] for name in (arguments.model, arguments.draft))
         plain = written(model, prompts)
         for label, ours in (

@@ -1,4 +1,4 @@
-"""Generation against transformers' `generate`, and ranked answers against a full pass for each: one thread, bfloat16.
+"""Generation against transformers' `generate`, and ranked answers against a full pass for each, in bfloat16.
 
     python -m benchmarks.generation [--rounds 5] [--threads 1] [--compile]
 
@@ -57,6 +57,11 @@ BATCHES = (1, 8)
 GUESSES, AGREED = 4, (0.6, 0.8)
 SHOTS, QUESTIONS = 4, 8
 WEIGHTS: dict[str, Weights] = {"bfloat16": "as they are", "w8a8": "w8a8", "int8": "int8", "int4": "int4"}
+
+
+def layouts(compiled: bool) -> dict[str, Weights]:
+    """The weights to measure, by name; w8a8 does not compile."""
+    return {name: weights for name, weights in WEIGHTS.items() if not (compiled and weights == "w8a8")}
 
 
 def make_llama(shape: dict | None = None, seed: int = 0) -> nn.Module:
@@ -132,9 +137,7 @@ def measure(rounds: int = 5, compiled: bool = False) -> dict[str, dict[str, floa
     llama = llama.bfloat16()
     theirs = {rows: written_by_peer(llama, prompts[rows]) for rows in BATCHES}
     results = {}
-    for name, weights in WEIGHTS.items():
-        if weights == "w8a8" and compiled:  # it does not compile
-            continue
+    for name, weights in layouts(compiled).items():
         model = ours_of(llama, torch.bfloat16, weights, compiled)
         for rows in BATCHES:
             label, tokens = f"{name}/batch_{rows}", (rows * NEW, rows * NEW)

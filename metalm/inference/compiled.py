@@ -48,7 +48,7 @@ class Placed(KVCache):
 
 
 class Seen(NamedTuple):
-    """Attention of few queries to what `seen_BTK` lets each see, as sums, which fuse with the rotation and the softmax."""
+    """Attention of few queries to what `seen_BTK` lets each see, as sums, for the compiler to fuse."""
 
     seen_BTK: Tensor
 

@@ -55,7 +55,7 @@ def setup_distributed() -> torch.device:
 
 def keep_freed_memory() -> None:
     """Lets this process keep the memory that it frees: a step's tensors come and go, and pages fresh from the system for each
-    of them cost 7 % of it. This is a setting of glibc's allocator; others are left as they are."""
+    of them cost 10 % of it. This is a setting of glibc's allocator; others are left as they are."""
     trim_threshold, mmap_threshold = -1, -3
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
